@@ -1,0 +1,43 @@
+# Everything runs in .venv, which `setup` makes. Choose another Python with `make setup PYTHON=python3.12`.
+# DeepSpeed looks for `ninja` on the PATH when it compiles its kernels; it is in .venv/bin.
+RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-unit test-ray bench lint format clean
+# Checks go from quick to slow, and two test runs at once would starve each other.
+.NOTPARALLEL:
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+setup: ## make .venv, or bring it up to date (well under a second when it is)
+	@bash cluster/setup.sh
+
+demo: setup ## train a small model from start to finish on this machine
+	$(RUN) .venv/bin/python jobs/demo.py
+
+test: lint test-unit test-ray ## lint, types and all tests: what CI runs
+
+test-unit: setup ## tests that need no Ray
+	$(RUN) .venv/bin/python -m pytest tests/unit
+
+test-ray: setup ## tests on a local Ray cluster
+	$(RUN) .venv/bin/python -m pytest tests/ray
+
+bench: setup ## measure training speed on this machine
+	$(RUN) .venv/bin/python tests/bench/bench_train.py
+
+lint: setup ## ruff check, ruff format --check, mypy
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+format: setup ## rewrite the code as ruff formats it, with its safe fixes
+	.venv/bin/ruff check --fix-only
+	.venv/bin/ruff format
+
+# The stamp goes first: a clean that is interrupted must not leave half a .venv that counts as whole.
+clean: ## remove what was made here: .venv, caches, build leftovers, runs/
+	rm -f .venv/.rayloom-stamp
+	rm -rf .venv .venv.lock .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist platform/*.egg-info runs
+	find cluster jobs platform tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""What make_instructions.py builds its rows from: tables, word forms and topics."""

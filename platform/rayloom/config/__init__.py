@@ -1,0 +1,1 @@
+"""The job file: YAML and overrides in, one typed `JobConfig` out."""

@@ -1,0 +1,43 @@
+"""`JobConfig`: the whole job file, composed of the parts that each room owns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from rayloom.config.part import ConfigPart
+from rayloom.data.config import DataConfig
+from rayloom.methods.config import LoraConfig, MethodConfig
+from rayloom.models.config import ModelConfig
+from rayloom.stages.config import StageConfig
+from rayloom.train.config import TrainConfig
+
+
+class JobConfig(ConfigPart):
+    """One fine-tuning job."""
+
+    name: str = Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run; with `output_dir` it is the run directory. Letters, digits, dot, dash and underscore."""
+    output_dir: str = Field(default="runs", min_length=1)
+    """Folder that holds run directories; on several machines it must be one that all of them share."""
+    resume: bool = False
+    """Go on from the last checkpoint in the run directory."""
+    overwrite: bool = False
+    """Delete what an earlier run of this name left, and start anew."""
+    model: ModelConfig
+    method: MethodConfig = LoraConfig()
+    data: DataConfig
+    stage: StageConfig = StageConfig()
+    train: TrainConfig = TrainConfig()
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _lora_unless_said(cls, value: Any) -> Any:
+        return {"type": "lora", **value} if isinstance(value, dict) else value
+
+    @property
+    def run_dir(self) -> Path:
+        """The run directory, absolute."""
+        return Path(self.output_dir).expanduser().absolute() / self.name

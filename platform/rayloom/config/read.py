@@ -1,0 +1,220 @@
+"""Job file + overrides -> `JobConfig`, or one message for each fault."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from rayloom.config.document import Document, Location, parse_value, read_document
+from rayloom.config.job import JobConfig
+from rayloom.errors import RequestError
+
+
+def read_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """Read a job file and apply overrides such as `train.epochs=3` or `data.train[0].weight=0.5`.
+
+    Raises:
+        RequestError: with one message per fault, each naming file and line (or the override), key and remedy.
+    """
+    document = read_document(Path(path))
+    for override in overrides:
+        _apply_override(document, override)
+    return validate_job(document)
+
+
+def validate_job(document: Document) -> JobConfig:
+    """Check a document against `JobConfig`; every fault becomes one message of a `RequestError`."""
+    try:
+        return JobConfig.model_validate(document.data)
+    except ValidationError as error:
+        raise RequestError(*_messages(document, error)) from None
+
+
+def dump_job(job: JobConfig) -> str:
+    """The resolved job as YAML: every value written out, so that reading it repeats the run."""
+    return yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """`; did you mean "x"?` for the nearest known word, else the list of what is known."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known)}"
+
+
+# --- overrides ------------------------------------------------------------------------------------------------------
+
+_STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
+
+
+def _apply_override(document: Document, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RequestError(f"override {override!r}: write it as key=value, for example train.epochs=3")
+    try:
+        value = parse_value(text)
+    except yaml.YAMLError:
+        raise RequestError(f"override {override!r}: the value {text!r} is not YAML") from None
+    steps: list[str | int] = []
+    for name, index in _STEP.findall(key):
+        steps.append(int(index or name) if index or name.isdigit() else name)
+    _check_key(key, steps)
+    target: Any = document.data
+    for position, step in enumerate(steps[:-1]):
+        target = _descend(target, step, isinstance(steps[position + 1], int), override)
+    last = steps[-1]
+    if isinstance(last, int):
+        _check_index(target, last, override)
+    elif not isinstance(target, dict):
+        raise RequestError(f"override {override!r}: {'.'.join(map(str, steps[:-1]))} is not a mapping in the job file")
+    target[last] = value
+    stale = [place for place in document.places if place[: len(steps)] == tuple(steps)]
+    for place in stale:
+        del document.places[place]
+    document.places[tuple(steps)] = f"override {override!r}"
+
+
+def _descend(target: Any, step: str | int, wants_list: bool, override: str) -> Any:
+    if isinstance(step, int):
+        _check_index(target, step, override)
+        if isinstance(target[step], str):  # a data set that is written as a plain path
+            target[step] = {"path": target[step]}
+    elif target.get(step) is None:
+        target[step] = [] if wants_list else {}
+    return target[step]
+
+
+def _check_index(target: Any, index: int, override: str) -> None:
+    if not isinstance(target, list) or index >= len(target):
+        there = len(target) if isinstance(target, list) else 0
+        raise RequestError(
+            f"override {override!r}: there is no entry {index}; the job file has {there}, counted from 0 "
+            "(to replace the list, give all of it: data.train='[{path: a.jsonl}, {path: b.jsonl}]')"
+        )
+
+
+def _check_key(key: str, steps: Sequence[str | int]) -> None:
+    """Refuse an override of a key that no job has, before pydantic sees it, in the override's own words."""
+    annotation: Any = JobConfig
+    for depth, step in enumerate(steps):
+        if isinstance(step, int):
+            annotation = next(iter(get_args(annotation)), Any)
+            continue
+        models = list(_models_in(annotation))
+        known = {name: field.annotation for model in models for name, field in model.model_fields.items()}
+        if step not in known:
+            where = ".".join(map(str, steps[:depth])) or "the job"
+            reason = did_you_mean(step, list(known)) if known else ""
+            raise RequestError(f"override of {key!r}: {where} has no key {step!r}{reason}")
+        annotation = known[step]
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The pydantic models that an annotation can hold (one, or several in a union)."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif get_origin(annotation) in (Union, types.UnionType, Annotated, list):
+        for part in get_args(annotation):
+            yield from _models_in(part)
+
+
+# --- messages -------------------------------------------------------------------------------------------------------
+
+_WORDS = {
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "string_too_short": "must not be empty",
+    "string_too_long": "is too long",
+    "list_type": "must be a list",
+    "model_type": "must be a mapping of keys",
+    "model_attributes_type": "must be a mapping of keys",
+    "too_short": "must not be empty",
+}
+
+
+def _messages(document: Document, error: ValidationError) -> list[str]:
+    return list(dict.fromkeys(_message(document, fault) for fault in error.errors(include_url=False)))
+
+
+def _message(document: Document, fault: Any) -> str:
+    location, value = _location_in(document.data, fault["loc"]), fault["input"]
+    kind, context = fault["type"], fault.get("ctx", {})
+    key = _dotted(location)
+    if kind == "extra_forbidden":
+        models = list(_models_at(location[:-1], document.data))
+        known = list(dict.fromkeys(name for model in models for name in model.model_fields))
+        text = f"unknown key {_dotted(location)!r}{did_you_mean(str(location[-1]), known)}"
+        return f"{document.place(location)}: {text}"
+    if kind == "missing":
+        return f"{document.place(location)}: {key} is missing"
+    if kind == "union_tag_invalid":
+        known = [word.strip("'") for word in context["expected_tags"].split(", ")]
+        text = f"{key}.type: unknown {context['tag']!r}{did_you_mean(str(context['tag']), known)}"
+        return f"{document.place((*location, 'type'))}: {text}"
+    if kind == "literal_error":
+        known = re.findall(r"'([^']*)'", context["expected"])
+        text = f"{key}: unknown {value!r}{did_you_mean(str(value), known)}"
+        if "known here" not in text:
+            text += f" (one of {', '.join(known)})"
+    elif kind == "value_error":
+        text = f"{key}: {context['error']}" if key else str(context["error"])
+    elif kind == "string_pattern_mismatch":
+        text = f"{key}: {value!r} must start with a letter or digit and hold only letters, digits, '.', '-' and '_'"
+    elif kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
+        words = {"greater_than": "above", "greater_than_equal": "at least", "less_than": "below"}
+        bound = next(iter(context.values()))
+        text = f"{key}: must be {words.get(kind, 'at most')} {bound:g}, not {value!r}"
+    else:
+        text = f"{key}: {_WORDS.get(kind, fault['msg'])}, not {value!r}"
+    return f"{document.place(location)}: {text}"
+
+
+def _location_in(data: Any, location: Location) -> Location:
+    """pydantic's location without the union tags that it weaves in (`method.lora.rank` -> `method.rank`)."""
+    cleaned: list[str | int] = []
+    for index, step in enumerate(location):
+        is_last = index == len(location) - 1
+        here = (isinstance(data, dict) and step in data) or (isinstance(data, list) and isinstance(step, int))
+        if here:
+            cleaned.append(step)
+            data = data[step]
+        elif is_last or not isinstance(data, dict):
+            if step not in ("all", "list[str]", "literal['all']"):
+                cleaned.append(step)
+        elif step != data.get("type"):
+            cleaned.append(step)
+    return tuple(cleaned)
+
+
+def _models_at(location: Location, data: Any) -> Iterator[type[BaseModel]]:
+    annotation: Any = JobConfig
+    for step in location:
+        data = data[step]
+        if isinstance(step, int):
+            annotation = next(iter(get_args(annotation)), Any)
+        else:
+            models = list(_models_in(annotation))
+            annotation = next((m.model_fields[step].annotation for m in models if step in m.model_fields), Any)
+    models = list(_models_in(annotation))
+    tag = data.get("type") if isinstance(data, dict) else None
+    tagged = [m for m in models if "type" in m.model_fields and m.model_fields["type"].default == tag]
+    yield from tagged or models
+
+
+def _dotted(location: Location) -> str:
+    text = ""
+    for step in location:
+        text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else str(step)
+    return text

@@ -1,0 +1,1 @@
+"""Data Worker: read, align, mix, template, tokenize, pack; one ordered, resumable stream."""

@@ -1,0 +1,132 @@
+"""Dealing the stream to the workers: batch k of the job is rows k W B ... (k + 1) W B of the stream, whatever W is.
+
+One dealer runs the pipeline and hands every worker every block, by reference: on a node all workers share one copy in
+the object store. Each worker keeps its own rows by counting. Nothing is cut up again (Ray's own equal split would need
+a task for every batch, drop the rows that are left over, and give each worker whatever block came next), and the
+assignment is arithmetic: row i goes to worker (i // B) mod W.
+
+The price: each node receives all token rows, about 12 bytes per token of the global batch and step.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+import ray.exceptions
+import ray.train
+
+from rayloom.data.rows import SCHEMA
+from rayloom.errors import JobError
+
+WAIT_SECONDS = 1800.0
+
+
+class _Dealer:
+    """Runs the pipeline once and keeps each block until every worker has taken it. An actor, one thread a worker."""
+
+    def __init__(self, dataset: ray.data.Dataset, workers: int) -> None:
+        self._blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
+        self._workers = workers
+        self._lock = threading.Lock()
+        self._made = 0
+        self._kept: dict[int, tuple[ray.ObjectRef, int]] = {}
+        self._end: int | None = None
+        self._error: Exception | None = None
+
+    def block(self, number: int) -> list[ray.ObjectRef]:
+        """The block's reference in a list; an empty list behind the last one."""
+        with self._lock:
+            while self._made <= number and self._end is None:
+                self._make()
+            if self._end is not None and number >= self._end:
+                return []
+            reference, takers = self._kept.pop(number)
+            if takers + 1 < self._workers:
+                self._kept[number] = (reference, takers + 1)
+            return [reference]
+
+    def _make(self) -> None:
+        if self._error is not None:
+            raise self._error
+        try:
+            table = next(self._blocks, None)
+        except Exception as error:  # kept: the other workers must hear of it too
+            self._error = error
+            raise
+        if table is None:
+            self._end = self._made
+        else:
+            self._kept[self._made] = (ray.put(table), 0)
+            self._made += 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One worker's part of the stream."""
+
+    dealer: Any
+    rank: int
+    workers: int
+
+    def batches(self, batch_rows: int) -> Iterator[pa.Table]:
+        """This worker's batches of `batch_rows` rows, in order.
+
+        All workers get the same number of batches; where the stream ends within a global batch, a worker's last one
+        has fewer rows, and may have none.
+
+        Raises:
+            JobError: no block came within `WAIT_SECONDS`.
+        """
+        mine: list[pa.Table] = []
+        held = row = 0
+        for block in self._blocks():
+            start = 0
+            while start < block.num_rows:
+                in_batch = row % batch_rows
+                length = min(batch_rows - in_batch, block.num_rows - start)
+                if (row // batch_rows) % self.workers == self.rank:
+                    mine.append(block.slice(start, length))
+                    held += length
+                start, row = start + length, row + length
+                if row % (batch_rows * self.workers) == 0:  # the global batch is whole
+                    yield pa.concat_tables(mine)
+                    mine, held = [], 0
+        if row % (batch_rows * self.workers):
+            yield pa.concat_tables([SCHEMA.empty_table(), *mine])
+
+    def _blocks(self) -> Iterator[pa.Table]:
+        number = 0
+        coming = self.dealer.block.remote(0)
+        while True:
+            try:
+                references = ray.get(coming, timeout=WAIT_SECONDS)
+            except ray.exceptions.GetTimeoutError:
+                raise JobError(
+                    f"worker {self.rank} waited {WAIT_SECONDS:g} s for block {number} of the data stream; "
+                    "the tasks that read and tokenize are stuck or starved of CPUs"
+                ) from None
+            if not references:
+                return
+            number += 1
+            coming = self.dealer.block.remote(number)  # on its way while this one is trained on
+            yield ray.get(references[0], timeout=WAIT_SECONDS)
+
+
+class DealInOrder(ray.train.DataConfig):
+    """What Ray Train calls to divide a data set among the workers: one `Shard` each."""
+
+    def configure(
+        self, datasets: dict[str, ray.data.Dataset], world_size: int, *args: Any, **kwargs: Any
+    ) -> list[dict[str, Any]]:
+        shards: list[dict[str, Any]] = [{} for _ in range(world_size)]
+        for name, dataset in datasets.items():
+            dealer = ray.remote(_Dealer).options(num_cpus=0, max_concurrency=world_size).remote(dataset, world_size)
+            for rank in range(world_size):
+                shards[rank][name] = Shard(dealer, rank, world_size)
+        return shards

@@ -1,0 +1,1 @@
+"""Methods: which weights train, and how they are attached to a model."""

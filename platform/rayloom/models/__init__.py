@@ -1,0 +1,1 @@
+"""Model Loader: from `model.path` to a tokenizer and weights in the right precision."""

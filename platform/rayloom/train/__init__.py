@@ -1,0 +1,1 @@
+"""The Ray Train side: driver, worker loop, DeepSpeed, checkpoints, metrics."""

@@ -1,0 +1,133 @@
+"""What has been trained on so far: counted from the rows themselves, the same on every rank."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from rayloom.data.plan import Position
+from rayloom.data.rows import DROP_REASONS
+
+STREAM_FILE = "stream.json"
+
+
+@dataclass
+class StreamMeter:
+    """Counts over all ranks since the job began, resumes included. Saved in every checkpoint."""
+
+    position: Position
+    examples: list[int]
+    """Examples trained on, per data set."""
+    dropped: list[int]
+    """Examples left out, per data set and reason (`rayloom.data.rows.DROP_REASONS`), sets first."""
+    tokens: int = 0
+    """Tokens that are not padding."""
+    trained_tokens: int = 0
+    """Tokens that a loss was computed on."""
+    epochs_done: float = 0.0
+    """Epochs of the stream that are done; 1.25 is a quarter into the second."""
+
+    @classmethod
+    def start(cls, sets: int) -> StreamMeter:
+        """At the beginning of a stream of `sets` data sets."""
+        return cls(Position(), [0] * sets, [0] * (sets * len(DROP_REASONS)))
+
+    def save(self, folder: Path, step: int) -> None:
+        state = {**self.__dict__, "position": self.position.as_dict(), "step": step}
+        (folder / STREAM_FILE).write_text(json.dumps(state), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> tuple[StreamMeter, int]:
+        """The meter in a checkpoint folder, and the step after which it was saved."""
+        state = json.loads((folder / STREAM_FILE).read_text(encoding="utf-8"))
+        step = state.pop("step")
+        return cls(**{**state, "position": Position(**state["position"])}), step
+
+
+_COUNTS = 4  # before the counts per set: tokens, trained tokens, wishes to stop, batches
+
+
+@dataclass
+class BatchCount:
+    """One rank's share of one optimizer step."""
+
+    sets: int
+    position: Position = field(default_factory=Position)
+    numbers: list[int] = field(default_factory=list)
+    epochs_done: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.numbers = [0] * (_COUNTS + self.sets + self.sets * len(DROP_REASONS))
+
+    def add(self, table: pa.Table) -> None:
+        """Count a batch of token rows."""
+        self.numbers[3] += 1
+        for row in table.drop_columns(["input_ids", "position_ids", "labels"]).to_pylist():
+            self.position = max(self.position, Position(row["epoch"], row["segment"], row["row"] + 1))
+            self.epochs_done = max(self.epochs_done, row["epochs_done"])
+            for set_index in row["sets"]:
+                self.numbers[_COUNTS + set_index] += 1
+            for index, count in enumerate(row["dropped"]):
+                self.numbers[_COUNTS + self.sets + index] += count
+        self.numbers[0] += sum(len(ids) for ids in table["input_ids"])
+        # The first token of a row is predicted by nothing, so it is not trained even where it has a label.
+        self.numbers[1] += sum(int((labels.values.to_numpy()[1:] >= 0).sum()) for labels in table["labels"])
+
+    def share(self, device: Any, stop: bool) -> StepCount:
+        """Sum over all ranks: one collective call. `stop` counts where any rank says it."""
+        import torch  # not needed by the driver, which reads meters from checkpoints
+
+        self.numbers[2] = int(stop)
+        mine = torch.tensor(
+            [self.position.epoch, self.position.segment, self.position.row, self.epochs_done, *self.numbers],
+            dtype=torch.float64,
+            device=device,
+        )
+        everyone = [mine]
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            everyone = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
+            torch.distributed.all_gather(everyone, mine)
+        rows = torch.stack(everyone).cpu()
+        position = max(Position(int(row[0]), int(row[1]), int(row[2])) for row in rows)
+        totals = [int(total) for total in rows[:, 4:].sum(dim=0)]
+        return StepCount(position, float(rows[:, 3].max()), totals, self.sets)
+
+
+@dataclass(frozen=True)
+class StepCount:
+    """All ranks' share of one optimizer step."""
+
+    position: Position
+    epochs_done: float
+    numbers: list[int]
+    sets: int
+
+    @property
+    def tokens(self) -> int:
+        return self.numbers[0]
+
+    @property
+    def trained_tokens(self) -> int:
+        return self.numbers[1]
+
+    @property
+    def batches(self) -> int:
+        return self.numbers[3]
+
+    @property
+    def stop(self) -> bool:
+        return self.numbers[2] > 0
+
+    def add_to(self, meter: StreamMeter) -> None:
+        """Count the step as trained on."""
+        meter.position = self.position
+        meter.epochs_done = self.epochs_done
+        meter.tokens += self.tokens
+        meter.trained_tokens += self.trained_tokens
+        counts = self.numbers[_COUNTS:]
+        meter.examples = [a + b for a, b in zip(meter.examples, counts[: self.sets], strict=True)]
+        meter.dropped = [a + b for a, b in zip(meter.dropped, counts[self.sets :], strict=True)]

@@ -1,0 +1,37 @@
+"""The wire between the driver and the workers: metrics come in, the wish to stop goes out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+
+
+class Monitor:
+    """A mailbox that lives as long as the driver. Rank 0 posts and asks; the driver collects and tells."""
+
+    def __init__(self) -> None:
+        self._events: list[dict[str, Any]] = []
+        self._stop = False
+
+    def post(self, event: dict[str, Any]) -> None:
+        """Rank 0: something for the driver, `{"kind": "metrics" | "phase" | ..., ...}`."""
+        self._events.append(event)
+
+    def collect(self) -> list[dict[str, Any]]:
+        """Driver: everything posted since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    def request_stop(self) -> None:
+        """Driver: ask the workers to save a checkpoint after the step they are in, and end."""
+        self._stop = True
+
+    def stop_requested(self) -> bool:
+        """Rank 0, once a step."""
+        return self._stop
+
+
+def start_monitor() -> Any:
+    """Start the actor; it ends with the driver."""
+    return ray.remote(Monitor).options(num_cpus=0, max_concurrency=4).remote()

@@ -1,0 +1,90 @@
+"""Which Ray a job runs on: the cluster that the environment names, or a private local one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import rayloom
+
+# Ray Train reads these in the driver and hands them on to its controller and workers.
+_TRAIN_SETTINGS = {
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "RAY_TRAIN_COLLECTIVE_WARN_INTERVAL_S": "600",
+}
+# Set where Ray Jobs started this driver; says which runtime environment the job already has.
+_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
+
+@contextmanager
+def ray_session(*, verbose: bool) -> Iterator[bool]:
+    """Connect to the cluster that `RAY_ADDRESS` names, else start a local Ray of our own and end it afterwards.
+
+    The local one lives in a private temporary folder, with a token of its own: nothing of it outlives the job, and
+    no other Ray on the machine is touched.
+
+    Yields:
+        Whether the cluster is our own local one.
+    """
+    for name, value in _TRAIN_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    if os.environ.get("RAY_ADDRESS"):
+        with _connected(verbose, address=os.environ["RAY_ADDRESS"]):
+            yield False
+        return
+    folder = tempfile.mkdtemp(prefix="rl-", dir="/tmp" if Path("/tmp").is_dir() else None)  # socket paths are short
+    _own_token()
+    try:
+        with _connected(verbose, address="local", _temp_dir=folder, include_dashboard=False):
+            yield True
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _connected(verbose: bool, **options: Any) -> Iterator[None]:
+    import ray
+
+    ray.init(
+        **options,
+        namespace="rayloom",
+        log_to_driver=verbose,
+        logging_level=logging.INFO if verbose else logging.ERROR,
+        runtime_env=_runtime_env(),
+        configure_logging=True,
+    )
+    if not verbose:
+        logging.getLogger("ray").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _own_token() -> None:
+    """Authenticate our own cluster with a fresh token, unless the user has said how; write no file."""
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def _runtime_env() -> dict[str, Any]:
+    """Give the workers this very package, unless the job that we run in has brought it."""
+    environment: dict[str, Any] = {"env_vars": {"TOKENIZERS_PARALLELISM": "false"}}
+    brought = json.loads(os.environ.get(_JOB_CONFIG, "{}")).get("runtime_env", {})
+    if "py_modules" not in brought:
+        environment["py_modules"] = [str(Path(rayloom.__file__).parent)]
+    if "env_vars" in brought:  # Ray refuses to merge a variable that both set
+        environment["env_vars"] = {
+            name: value for name, value in environment["env_vars"].items() if name not in brought["env_vars"]
+        }
+    return environment

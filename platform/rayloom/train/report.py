@@ -1,0 +1,100 @@
+"""What a person sees of a running job: a progress bar on a terminal, plain lines in a log, a picture at the end."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+MetricsRow = dict[str, Any]
+
+_LINE = re.compile(r"^step (?P<step>\d+)  (?P<percent>\d+) %  loss (?P<loss>\S+)")
+
+
+def metrics_line(row: MetricsRow) -> str:
+    """One row of metrics as a line of the log."""
+    grad_norm = "-" if row.get("grad_norm") is None else f"{row['grad_norm']:.3g}"
+    return (
+        f"step {row['step']}  {100 * row['progress']:.0f} %  loss {row['loss']:.4f}  "
+        f"lr {row['learning_rate']:.3g}  grad norm {grad_norm}  {row['tokens_per_second']:.0f} tokens/s  "
+        f"epoch {row['epoch']:.2f}"
+    )
+
+
+def parse_metrics_line(line: str) -> tuple[int, int, float] | None:
+    """(step, percent done, loss) of a line that `metrics_line` made; None for any other line."""
+    match = _LINE.match(line.strip())
+    return (int(match["step"]), int(match["percent"]), float(match["loss"])) if match else None
+
+
+class Reporter:
+    """Shows messages and metrics; a bar below them where the output is a terminal."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._task: Any = None
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:3.0f} %"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+            )
+
+    def __enter__(self) -> Reporter:
+        if self._bar:
+            self._bar.start()
+            self._task = self._bar.add_task("starting", total=100)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        if self._bar:
+            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
+
+    def show(self, row: MetricsRow) -> None:
+        """A row of metrics."""
+        self.line(metrics_line(row))
+
+    def line(self, line: str) -> None:
+        """A line of a job's log; one that holds metrics moves the bar too."""
+        self.say(line)
+        if self._bar and (parsed := parse_metrics_line(line)):
+            step, percent, loss = parsed
+            self._bar.update(self._task, completed=percent, description=f"step {step}  loss {loss:.3f}")
+
+
+def plot_loss(rows: list[MetricsRow], path: Path, title: str) -> None:
+    """Draw the loss over the steps, as it was and smoothed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+    smooth, average = [], losses[0]
+    for loss in losses:
+        average = 0.7 * average + 0.3 * loss
+        smooth.append(average)
+    figure, axes = plt.subplots(figsize=(7, 4), dpi=130)
+    axes.plot(steps, losses, color="#9db7d5", linewidth=1.2, marker="o", markersize=2.5, label="loss")
+    axes.plot(steps, smooth, color="#1f4e8c", linewidth=2.0, label="smoothed")
+    axes.set(xlabel="optimizer step", ylabel="loss per trained token", title=title)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)

@@ -1,0 +1,153 @@
+"""The run directory: its protection, its files, and what an earlier run left in it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rayloom.config.job import JobConfig
+from rayloom.config.read import dump_job
+from rayloom.errors import RequestError
+from rayloom.train.meter import STREAM_FILE, StreamMeter
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """`<output_dir>/<name>`. The driver is the only one that writes here, but for Ray Train's checkpoints."""
+
+    path: Path
+    existed: bool
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def result_file(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def result(self) -> dict[str, Any]:
+        """`result.json` of an earlier run; empty when there is none."""
+        return json.loads(self.result_file.read_text()) if self.result_file.exists() else {}
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of `metrics.jsonl`."""
+        if not self.metrics_file.exists():
+            return []
+        return [json.loads(line) for line in self.metrics_file.read_text().splitlines() if line.strip()]
+
+    def latest_checkpoint(self) -> Path | None:
+        """The checkpoint that Ray Train would resume from: the newest that it knows to be whole."""
+        from ray.train import Result
+
+        folder = self.path / CHECKPOINTS
+        if not (folder / "checkpoint_manager_snapshot.json").exists():
+            return None
+        checkpoint = Result.from_path(folder).checkpoint
+        return Path(checkpoint.path) if checkpoint and (Path(checkpoint.path) / STREAM_FILE).exists() else None
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Replace `result.json`; never half-written."""
+        partial = self.result_file.with_suffix(".partial")
+        partial.write_text(json.dumps(result, indent=2) + "\n")
+        partial.replace(self.result_file)
+
+    def undo(self) -> None:
+        """Leave no trace, if the directory is of our making."""
+        if not self.existed:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
+def check_run_dir(job: JobConfig) -> RunDir:
+    """Refuse what would overwrite a run or resume nothing. Writes nothing that stays.
+
+    Raises:
+        RequestError: naming `resume`, `overwrite` or `output_dir` and what would be right.
+    """
+    run = RunDir(job.run_dir, job.run_dir.exists())
+    if job.resume and job.overwrite:
+        raise RequestError("resume and overwrite exclude each other: one keeps what is there, the other deletes it")
+    _check_writable(job, run.path)
+    if run.existed and not run.path.is_dir():
+        raise RequestError(f"output_dir: {run.path} is a file; choose another name or output_dir")
+    if job.resume:
+        _check_resume(job, run)
+    elif run.existed and any(run.path.iterdir()) and not job.overwrite:
+        status = run.result().get("status")
+        state = "a finished run" if status == "finished" else "an unfinished run"
+        hint = "overwrite=true deletes it" if status == "finished" else "resume=true goes on, overwrite=true deletes it"
+        raise RequestError(f"output_dir: {run.path} holds {state} and is kept as it is; choose another name, or {hint}")
+    elif run.existed and job.overwrite and any(run.path.iterdir()) and not (run.path / "job.yaml").exists():
+        raise RequestError(f"overwrite: {run.path} is no run directory (it has no job.yaml) and will not be deleted")
+    return run
+
+
+def open_run_dir(job: JobConfig, run: RunDir) -> RunDir:
+    """Make the directory ready: deleted first under `overwrite`; metrics cut back to the checkpoint under `resume`."""
+    if job.overwrite and run.existed:
+        shutil.rmtree(run.path)
+        run = RunDir(run.path, existed=False)
+    run.path.mkdir(parents=True, exist_ok=True)
+    if job.resume and (checkpoint := run.latest_checkpoint()):
+        _, step = StreamMeter.load(checkpoint)
+        kept = [row for row in run.metrics() if row["step"] <= step]
+        run.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    # Resuming or overwriting is a wish for this start, no property of the job: what is stored repeats the run.
+    stored = job.model_copy(update={"resume": False, "overwrite": False})
+    (run.path / "job.yaml").write_text(dump_job(stored), encoding="utf-8")
+    return run
+
+
+def _check_writable(job: JobConfig, path: Path) -> None:
+    folder = path
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder if folder.is_dir() else folder.parent):
+            pass
+    except OSError as error:
+        raise RequestError(
+            f"output_dir: {job.output_dir}: cannot write in {folder}: {error.strerror or error}"
+        ) from None
+
+
+def _check_resume(job: JobConfig, run: RunDir) -> None:
+    checkpoint = run.latest_checkpoint() if run.existed else None
+    if checkpoint is None:
+        raise RequestError(f"resume: there is no checkpoint in {run.path / CHECKPOINTS}; start without resume=true")
+    from rayloom.config.read import read_job
+
+    before = read_job(run.path / "job.yaml")
+    faults = []
+    for key in ("model", "method", "data", "stage"):
+        if getattr(before, key) != getattr(job, key):
+            faults.append(f"resume: {key} differs from the run's own ({run.path / 'job.yaml'}); it must stay as it was")
+    for key in ("seed", "precision", "deepspeed", "batch_size", "gradient_accumulation"):
+        old, new = getattr(before.train, key), getattr(job.train, key)
+        if old != new:
+            faults.append(f"resume: train.{key} is {new}, but the run was made with {old}; it must stay as it was")
+    if before.train.workers != job.train.workers and job.train.deepspeed != "none":
+        faults.append(
+            f"resume: the checkpoint is {job.train.deepspeed} state of {before.train.workers} workers; "
+            f"resume with train.workers={before.train.workers}"
+        )
+    if faults:
+        raise RequestError(*faults)
+    meter, step = StreamMeter.load(checkpoint)
+    over_by_steps = job.train.max_steps is not None and step >= job.train.max_steps
+    over_by_epochs = job.train.max_steps is None and meter.position.epoch >= job.train.epochs
+    if over_by_steps or over_by_epochs:
+        raise RequestError(
+            f"resume: the run in {run.path} is finished (step {step}), nothing is left to do; "
+            "raise train.epochs or train.max_steps to go on"
+        )

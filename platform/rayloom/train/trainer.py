@@ -1,0 +1,174 @@
+"""Transformers' `Trainer`, fed by the stream.
+
+What is overridden, and why:
+- the loader: batches come from the worker's Ray Data shard, already dealt to this rank;
+- gathering a step's batches: one collective call counts the tokens that all ranks train (the loss is averaged over
+  them), finds the position after the step, and carries the wish to stop;
+- the learning rate: a function of how much of the training is done, so it needs no step total and no state;
+- saving: every rank reports its own files to Ray Train, with the stream's position.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.train
+import torch
+import transformers
+
+from rayloom.data.rows import collate
+from rayloom.train.config import TrainConfig
+from rayloom.train.meter import BatchCount, StreamMeter
+from rayloom.train.schedule import learning_rate_factor
+
+Batch = dict[str, torch.Tensor]
+
+
+class ProgressSchedule:
+    """Stands where transformers wants a learning rate scheduler. Holds no state: the trainer sets the rate."""
+
+    def __init__(self, optimizer: Any, peak: float) -> None:
+        self._optimizer = optimizer
+        self._peak = peak
+        self._rate = 0.0
+
+    def set(self, factor: float) -> None:
+        """Set every parameter group to `factor` (0 to 1) of the peak rate."""
+        self._rate = self._peak * factor
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._rate
+
+    def get_last_lr(self) -> list[float]:
+        return [self._rate]
+
+    def step(self) -> None:
+        """Nothing to do: `set` is called before the step that it is for."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to load."""
+
+
+class StreamTrainer(transformers.Trainer):
+    """One trainer for every stage that learns from token rows."""
+
+    def __init__(
+        self,
+        *,
+        tables: Iterable[pa.Table],
+        meter: StreamMeter,
+        settings: TrainConfig,
+        monitor: Any,
+        pad_token: int,
+        **kw: Any,
+    ) -> None:
+        super().__init__(**kw)
+        self._tables = tables
+        self.meter = meter
+        self._settings = settings
+        self._schedule: ProgressSchedule | None = None
+        self._monitor = monitor
+        self._pad_token = pad_token
+        self._saved_step = -1
+        self._log_clock = (time.perf_counter(), meter.tokens)
+        self.stopped = False
+
+    # --- data --------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> Any:
+        return self._tables
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[pa.Table], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], torch.Tensor | None]:
+        """The batches of one optimizer step, and the number of tokens that all ranks train in it."""
+        stop = bool(self.is_world_process_zero() and ray.get(self._monitor.stop_requested.remote()))
+        before = self._progress()
+        while True:
+            count = BatchCount(len(self.meter.examples))
+            tables = list(itertools.islice(epoch_iterator, 0 if stop else num_batches))
+            for table in tables:
+                count.add(table)
+            step = count.share(device, stop)
+            if step.stop or step.batches == 0:  # told to stop, or the stream has ended
+                self.stopped = step.stop
+                self._end()
+                return [], None
+            step.add_to(self.meter)
+            if step.trained_tokens:
+                break  # else all of these examples were left out: take the next ones
+        batches = [
+            {name: torch.from_numpy(array) for name, array in collate(table, self._pad_token).items()}
+            for table in tables
+        ]
+        while len(batches) < num_batches:  # the stream ended within a step: fill it up with what trains nothing
+            batches.append({**batches[-1], "labels": torch.full_like(batches[-1]["labels"], -100)})
+        assert self._schedule is not None  # made before the first step
+        middle = (before + self._progress(1)) / 2
+        self._schedule.set(learning_rate_factor(middle, self._settings.scheduler, self._settings.warmup))
+        return batches, torch.tensor(step.trained_tokens, device=device)
+
+    def _progress(self, ahead: int = 0) -> float:
+        if self._settings.max_steps:
+            return (self.state.global_step + ahead) / self._settings.max_steps
+        return self.meter.epochs_done / self._settings.epochs
+
+    def _end(self) -> None:
+        """Leave the loop; what was not logged or saved yet is, on the way out."""
+        self.control.should_training_stop = True
+        self.control.should_log = True
+        self.control.should_save = self.state.global_step > max(0, self._saved_step)
+
+    # --- learning rate, metrics, checkpoints -------------------------------------------------------------------------
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        self._schedule = ProgressSchedule(optimizer or self.optimizer, self._settings.learning_rate)
+        self.lr_scheduler: Any = self._schedule
+        self._created_lr_scheduler = True
+        return self._schedule
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Post a row of metrics to the driver."""
+        if "loss" not in logs:  # transformers' closing summary; `result.json` says it better
+            return
+        now, (then, tokens) = time.perf_counter(), self._log_clock
+        self._log_clock = (now, self.meter.tokens)
+        row: dict[str, Any] = {
+            "step": self.state.global_step,
+            "epoch": self.meter.epochs_done,
+            "progress": self._progress(),
+            "loss": logs["loss"],
+            "learning_rate": logs["learning_rate"],
+            "grad_norm": logs.get("grad_norm"),
+            "tokens_per_second": (self.meter.tokens - tokens) / (now - then),
+            "examples_seen": sum(self.meter.examples),
+            "position": self.meter.position.as_dict(),
+        }
+        if self.is_world_process_zero():
+            ray.get(self._monitor.post.remote({"kind": "metrics", "row": row}))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save into this rank's own folder and hand it to Ray Train, which puts the ranks' files together."""
+        if self.state.global_step == self._saved_step:
+            return
+        super()._save_checkpoint(model, trial)
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        folder.mkdir(exist_ok=True)
+        if self.is_world_process_zero():
+            self.meter.save(folder, self.state.global_step)
+        ray.train.report(
+            {"step": self.state.global_step},
+            checkpoint=ray.train.Checkpoint.from_directory(folder),
+            checkpoint_dir_name=f"step-{self.state.global_step:08d}",
+        )
+        shutil.rmtree(folder)
+        self._saved_step = self.state.global_step

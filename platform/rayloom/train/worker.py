@@ -1,0 +1,179 @@
+"""What every Ray Train worker runs, top to bottom: model, method, trainer, train, save."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.train
+import torch
+import transformers
+
+from rayloom.config.job import JobConfig
+from rayloom.methods.attach import attach_method
+from rayloom.models.load import load_causal_lm, load_tokenizer, pad_token
+from rayloom.models.precision import Precision, choose_precision, computes_bf16
+from rayloom.train.deepspeed import deepspeed_config, engine_of
+from rayloom.train.meter import StreamMeter
+from rayloom.train.trainer import StreamTrainer
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_ENDLESS = 2**31
+
+
+class _ShardTables:
+    """This rank's shard as Arrow tables of one batch each. Iterating starts the stream; it can be done once."""
+
+    def __init__(self, batch_rows: int, on_first: Any) -> None:
+        self._batch_rows = batch_rows
+        self._on_first = on_first
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        shard: Any = ray.train.get_dataset_shard("train")  # a `rayloom.data.deal.Shard`
+        for number, table in enumerate(shard.batches(self._batch_rows)):
+            if number == 0:
+                self._on_first()
+            yield table
+
+
+class _FirstStep(transformers.TrainerCallback):
+    def __init__(self, phase: Any) -> None:
+        self._phase = phase
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._phase("engine")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._phase("first step")
+
+
+def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
+    """One worker's life. Rank 0's return value is the driver's summary."""
+    job = JobConfig.model_validate(config["job"])
+    monitor, device, sets = config["monitor"], config["device"], config["sets"]
+    rank = ray.train.get_context().get_world_rank()
+    reached: set[str] = set()
+
+    def phase(name: str) -> None:
+        if rank == 0 and name not in reached:
+            reached.add(name)
+            ray.get(monitor.post.remote({"kind": "phase", "name": name, "time": time.time()}))
+
+    phase("workers")
+    _quieten()
+    if device == "cpu":
+        torch.set_num_threads(_own_cores())
+    precision = choose_precision(job.train.precision, device, bf16=computes_bf16(device))
+    transformers.set_seed(job.train.seed)
+
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rayloom-worker-")))
+        # The arguments come before the model: under ZeRO-3 they make `from_pretrained` load it in shards.
+        arguments = _arguments(job, device, precision, scratch)
+        tokenizer = load_tokenizer(job.model.path)
+        model = attach_method(load_causal_lm(job.model.path, _weight_dtype(job, precision)), job.method)
+        if job.train.activation_checkpointing:
+            model.enable_input_require_grads()
+        phase("model")
+
+        checkpoint, meter = ray.train.get_checkpoint(), StreamMeter.start(sets)
+        folder = None
+        if checkpoint is not None:
+            folder = stack.enter_context(checkpoint.as_directory())
+            meter, _ = StreamMeter.load(Path(folder))
+        trainer = StreamTrainer(
+            model=model,
+            args=arguments,
+            processing_class=tokenizer,
+            callbacks=[_FirstStep(phase)],
+            tables=_ShardTables(job.train.batch_size, lambda: phase("first batch")),
+            meter=meter,
+            settings=job.train,
+            monitor=monitor,
+            pad_token=pad_token(tokenizer),
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        output = trainer.train(resume_from_checkpoint=folder)
+        if not trainer.stopped:
+            trainer.save_model(config["model_dir"])
+    if rank != 0:
+        return None
+    return {
+        "status": "stopped" if trainer.stopped else "finished",
+        "steps": trainer.state.global_step,
+        "train_loss": output.training_loss,
+        "train_seconds": output.metrics["train_runtime"],
+        "tokens": meter.tokens,
+        "trained_tokens": meter.trained_tokens,
+        "examples": meter.examples,
+        "dropped": meter.dropped,
+        "position": meter.position.as_dict(),
+        "precision": precision,
+        "engine": engine_of(trainer.model_wrapped),
+        "parameters": {
+            "trained": sum(_size(p) for p in model.parameters() if p.requires_grad),
+            "all": sum(_size(p) for p in model.parameters()),
+        },
+    }
+
+
+def _arguments(job: JobConfig, device: str, precision: Precision, scratch: Path) -> transformers.TrainingArguments:
+    train = job.train
+    return transformers.TrainingArguments(
+        output_dir=str(scratch),
+        max_steps=train.max_steps or _ENDLESS,
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation,
+        gradient_checkpointing=train.activation_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        use_cpu=device == "cpu",
+        deepspeed=deepspeed_config(train, precision),
+        logging_steps=train.logging_steps,
+        logging_nan_inf_filter=False,  # a loss that is not a number must be seen
+        save_strategy="steps",
+        save_steps=train.save_steps,
+        ignore_data_skip=True,  # the stream starts at the position; there is nothing to skip
+        seed=train.seed,
+        report_to=[],
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+    )
+
+
+def _weight_dtype(job: JobConfig, precision: Precision) -> torch.dtype:
+    """Frozen weights stand in the precision that computes; weights that train under autocast stand in fp32."""
+    frozen = job.method.type != "full"
+    return _DTYPES[precision] if frozen or job.train.deepspeed != "none" else torch.float32
+
+
+def _own_cores() -> int:
+    """This worker's share of its node's cores."""
+    node = ray.get_runtime_context().get_node_id()
+    declared = next(item["Resources"].get("CPU", 1) for item in ray.nodes() if item["NodeID"] == node)
+    cores = min(len(os.sched_getaffinity(0)), max(1, int(declared)))
+    return max(1, cores // ray.train.get_context().get_local_world_size())
+
+
+def _size(parameter: torch.nn.Parameter) -> int:
+    """Elements of a parameter; under ZeRO-3 only a shard of it is here, and `ds_numel` knows the whole."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _quieten() -> None:
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
