@@ -28,7 +28,12 @@ def train(job_file: str, overrides: tuple[str, ...], verbose: bool) -> None:
     from rayloom.config.read import read_job
     from rayloom.train.driver import run_job
 
-    run_job(read_job(job_file, overrides), started=STARTED, verbose=verbose)
+    result = run_job(read_job(job_file, overrides), started=STARTED, verbose=verbose)
+    kept = [override for override in overrides if not override.startswith(("overwrite=", "resume="))]
+    command = " ".join(["rayloom train", job_file, *kept])
+    if result["status"] == "stopped":
+        raise JobError(f"stopped after step {result['steps']}, with a checkpoint; to go on: {command} resume=true")
+    click.echo(f"finished: {result['steps']} steps in {result['seconds']:.0f} s; the model is in {result['model_dir']}")
 
 
 def main() -> None:
@@ -43,7 +48,7 @@ def main() -> None:
             click.echo(f"error: {message}", err=True)
         sys.exit(2)
     except JobError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(str(error), err=True)
         sys.exit(1)
     except (click.Abort, KeyboardInterrupt):
         click.echo("stopped", err=True)

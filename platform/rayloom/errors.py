@@ -21,25 +21,3 @@ class RequestError(Exception):
 class JobError(Exception):
     """The job was right and failed: exit status 1. The message says what happened and what to do next."""
 
-
-def find_request_error(error: BaseException | None) -> RequestError | None:
-    """The `RequestError` at the root of a chain of wrapped exceptions, if there is one.
-
-    Ray wraps what a remote function raises (`RayTaskError`, `UserCodeException`, `WorkerGroupError`); the
-    original hangs on `cause`, `__cause__`, `__context__` or, one per rank, in `worker_failures`.
-    """
-    pending: list[object] = [error]
-    seen: set[int] = set()
-    while pending:
-        current = pending.pop()
-        if not isinstance(current, BaseException) or id(current) in seen:
-            continue
-        seen.add(id(current))
-        if isinstance(current, RequestError):
-            # Ray's derived class mixes the wrapper in; hand back a clean one.
-            return RequestError(*current.messages)
-        pending += [getattr(current, name, None) for name in ("cause", "__cause__", "__context__", "training_failure")]
-        failures = getattr(current, "worker_failures", None)
-        if isinstance(failures, dict):
-            pending += list(failures.values())
-    return None

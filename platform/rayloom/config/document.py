@@ -18,11 +18,27 @@ class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with YAML 1.2's floats: `1e-4` is a number, not a string."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Its counterpart: quotes text that the loader would take for a number."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+        list("-+0123456789."),
+    )
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
+    """Quoted where PyYAML would write a line break of Unicode as it is, and read it as another one."""
+    style = '"' if set(text) & set("\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+_KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 
 
 @dataclass
@@ -42,8 +58,20 @@ class Document:
 
 
 def parse_value(text: str) -> Any:
-    """The value of an override: YAML, so `3`, `1e-4`, `true`, `[a, b]` and `{path: x}` mean what they look like."""
-    return yaml.load(text, Loader=_Loader)
+    """The value of an override: YAML, so `3`, `1e-4`, `true`, `[a, b]` and `{path: x}` mean what they look like.
+
+    Raises:
+        ValueError: the text is not YAML.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+
+
+def dump_document(data: dict[str, Any]) -> str:
+    """Plain data as YAML, one key a line; reading it gives the same data."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def read_document(path: Path) -> Document:
@@ -64,29 +92,39 @@ def read_document(path: Path) -> Document:
     try:
         root = yaml.compose(text, Loader=_Loader)
         if root is not None:
-            _note_places(root, (), str(path), places)
+            _note_places(root, (), str(path), places, set())
         data = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise RequestError(f"{path}{where}: not YAML: {error.problem or error}") from None
-    except yaml.YAMLError as error:
-        raise RequestError(f"{path}: not YAML: {error}") from None
+    except RecursionError:
+        raise RequestError(f"{path}: not YAML: nested too deeply, or an alias stands within its own anchor") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that cannot be, such as 2024-13-45
+        raise RequestError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         found = "an empty file" if data is None else f"a {type(data).__name__}"
         raise RequestError(f"{path}: a job file is a mapping of keys such as `name:` and `model:`; this is {found}")
     return Document(str(path), data, places)
 
 
-def _note_places(node: yaml.Node, location: Location, name: str, places: dict[Location, str]) -> None:
+def _note_places(
+    node: yaml.Node, location: Location, name: str, places: dict[Location, str], seen: set[yaml.Node]
+) -> None:
+    if node in seen:  # an alias: what it stands for has been noted, and may hold the alias itself
+        return
+    seen.add(node)
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag not in _KEY_TAGS:
+                shown = f"{key.value!r}; put it in quotes" if isinstance(key, yaml.ScalarNode) else f"a {key.id}"
+                raise yaml.MarkedYAMLError(problem=f"a key must be text, not {shown}", problem_mark=key.start_mark)
             child = (*location, key.value)
             if child in places:
                 raise yaml.MarkedYAMLError(problem=f"key {key.value!r} stands here twice", problem_mark=key.start_mark)
             places[child] = f"{name}:{key.start_mark.line + 1}"
-            _note_places(value, child, name, places)
+            _note_places(value, child, name, places, seen)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
             places[(*location, index)] = f"{name}:{value.start_mark.line + 1}"
-            _note_places(value, (*location, index), name, places)
+            _note_places(value, (*location, index), name, places, seen)

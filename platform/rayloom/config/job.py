@@ -28,6 +28,7 @@ class JobConfig(ConfigPart):
     """Delete what an earlier run of this name left, and start anew."""
     model: ModelConfig
     method: MethodConfig = LoraConfig()
+    """Which weights train, told by its `type`."""
     data: DataConfig
     stage: StageConfig = StageConfig()
     train: TrainConfig = TrainConfig()

@@ -6,6 +6,8 @@ from pydantic import BaseModel, ConfigDict
 
 
 class ConfigPart(BaseModel):
-    """A frozen mapping that refuses unknown keys; a field's docstring is its help text everywhere."""
+    """A frozen mapping that refuses unknown keys and infinity; a field's docstring is its help text everywhere."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )

@@ -9,10 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
-from rayloom.config.document import Document, Location, parse_value, read_document
+from rayloom.config.document import Document, Location, dump_document, parse_value, read_document
 from rayloom.config.job import JobConfig
 from rayloom.errors import RequestError
 
@@ -39,7 +38,7 @@ def validate_job(document: Document) -> JobConfig:
 
 def dump_job(job: JobConfig) -> str:
     """The resolved job as YAML: every value written out, so that reading it repeats the run."""
-    return yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return dump_document(job.model_dump(mode="json"))
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
@@ -50,39 +49,38 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
 
 # --- overrides ------------------------------------------------------------------------------------------------------
 
-_STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
+_KEY = re.compile(r"[^.\[\]]+(\.[^.\[\]]+|\[[0-9]+\])*")
+_STEP = re.compile(r"([^.\[\]]+)|\[([0-9]+)\]")
 
 
 def _apply_override(document: Document, override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise RequestError(f"override {override!r}: write it as key=value, for example train.epochs=3")
+    if not equals or not _KEY.fullmatch(key):
+        raise RequestError(
+            f"override {override!r}: write it as key=value, for example train.epochs=3 or data.train[0].weight=0.5"
+        )
     try:
         value = parse_value(text)
-    except yaml.YAMLError:
+    except ValueError:
         raise RequestError(f"override {override!r}: the value {text!r} is not YAML") from None
     steps: list[str | int] = []
     for name, index in _STEP.findall(key):
-        steps.append(int(index or name) if index or name.isdigit() else name)
+        steps.append(int(index or name) if index or name.isdecimal() else name)
     _check_key(key, steps)
     target: Any = document.data
     for position, step in enumerate(steps[:-1]):
-        target = _descend(target, step, isinstance(steps[position + 1], int), override)
-    last = steps[-1]
-    if isinstance(last, int):
-        _check_index(target, last, override)
-    elif not isinstance(target, dict):
-        raise RequestError(f"override {override!r}: {'.'.join(map(str, steps[:-1]))} is not a mapping in the job file")
-    target[last] = value
+        _check_step(target, steps[: position + 1], override)
+        target = _descend(target, step, isinstance(steps[position + 1], int))
+    _check_step(target, steps, override)
+    target[steps[-1]] = value
     stale = [place for place in document.places if place[: len(steps)] == tuple(steps)]
     for place in stale:
         del document.places[place]
     document.places[tuple(steps)] = f"override {override!r}"
 
 
-def _descend(target: Any, step: str | int, wants_list: bool, override: str) -> Any:
+def _descend(target: Any, step: str | int, wants_list: bool) -> Any:
     if isinstance(step, int):
-        _check_index(target, step, override)
         if isinstance(target[step], str):  # a data set that is written as a plain path
             target[step] = {"path": target[step]}
     elif target.get(step) is None:
@@ -90,8 +88,13 @@ def _descend(target: Any, step: str | int, wants_list: bool, override: str) -> A
     return target[step]
 
 
-def _check_index(target: Any, index: int, override: str) -> None:
-    if not isinstance(target, list) or index >= len(target):
+def _check_step(target: Any, steps: Sequence[str | int], override: str) -> None:
+    """Refuse a last step that `target`, where the others lead to, has no place for."""
+    index = steps[-1]
+    if isinstance(index, str):
+        if not isinstance(target, dict):
+            raise RequestError(f"override {override!r}: {_dotted(tuple(steps[:-1]))} is not a mapping in the job file")
+    elif not isinstance(target, list) or index >= len(target):
         there = len(target) if isinstance(target, list) else 0
         raise RequestError(
             f"override {override!r}: there is no entry {index}; the job file has {there}, counted from 0 "
@@ -132,11 +135,12 @@ _WORDS = {
     "int_from_float": "must be a whole number",
     "float_parsing": "must be a number",
     "float_type": "must be a number",
+    "finite_number": "must be a finite number",
     "bool_parsing": "must be true or false",
     "bool_type": "must be true or false",
     "string_type": "must be text",
     "string_too_short": "must not be empty",
-    "string_too_long": "is too long",
+    "string_too_long": "must be shorter",
     "list_type": "must be a list",
     "model_type": "must be a mapping of keys",
     "model_attributes_type": "must be a mapping of keys",
@@ -145,11 +149,23 @@ _WORDS = {
 
 
 def _messages(document: Document, error: ValidationError) -> list[str]:
-    return list(dict.fromkeys(_message(document, fault) for fault in error.errors(include_url=False)))
+    """One message for each place with a fault. Where a value fits none of several types, pydantic has one per type."""
+    faults: dict[Location, list[Any]] = {}
+    for fault in error.errors(include_url=False):
+        faults.setdefault(_location_in(document.data, fault), []).append(fault)
+    return [
+        _message(document, location, first) + "".join(f"; else it {_expected(fault)}" for fault in others)
+        for location, (first, *others) in faults.items()
+        if not any(len(deeper) > len(location) and deeper[: len(location)] == location for deeper in faults)
+    ]
 
 
-def _message(document: Document, fault: Any) -> str:
-    location, value = _location_in(document.data, fault["loc"]), fault["input"]
+def _expected(fault: Any) -> str:
+    return _WORDS.get(fault["type"], fault["msg"])
+
+
+def _message(document: Document, location: Location, fault: Any) -> str:
+    value = fault["input"]
     kind, context = fault["type"], fault.get("ctx", {})
     key = _dotted(location)
     if kind == "extra_forbidden":
@@ -177,24 +193,19 @@ def _message(document: Document, fault: Any) -> str:
         bound = next(iter(context.values()))
         text = f"{key}: must be {words.get(kind, 'at most')} {bound:g}, not {value!r}"
     else:
-        text = f"{key}: {_WORDS.get(kind, fault['msg'])}, not {value!r}"
+        text = f"{key}: {_expected(fault)}, not {value!r}"
     return f"{document.place(location)}: {text}"
 
 
-def _location_in(data: Any, location: Location) -> Location:
-    """pydantic's location without the union tags that it weaves in (`method.lora.rank` -> `method.rank`)."""
+def _location_in(data: Any, fault: Any) -> Location:
+    """pydantic's location without the union branches that it weaves in (`method.lora.rank` -> `method.rank`)."""
     cleaned: list[str | int] = []
-    for index, step in enumerate(location):
-        is_last = index == len(location) - 1
-        here = (isinstance(data, dict) and step in data) or (isinstance(data, list) and isinstance(step, int))
-        if here:
+    for step in fault["loc"]:
+        if (isinstance(data, dict) and step in data) or (isinstance(data, list) and isinstance(step, int)):
             cleaned.append(step)
             data = data[step]
-        elif is_last or not isinstance(data, dict):
-            if step not in ("all", "list[str]", "literal['all']"):
-                cleaned.append(step)
-        elif step != data.get("type"):
-            cleaned.append(step)
+    if fault["type"] == "missing":
+        cleaned.append(fault["loc"][-1])
     return tuple(cleaned)
 
 

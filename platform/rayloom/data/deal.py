@@ -11,7 +11,7 @@ The price: each node receives all token rows, about 12 bytes per token of the gl
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ import ray.data
 import ray.exceptions
 import ray.train
 
-from rayloom.data.rows import SCHEMA
+from rayloom.data.rows import SCHEMA, raise_error
 from rayloom.errors import JobError
 
 WAIT_SECONDS = 1800.0
@@ -66,6 +66,28 @@ class _Dealer:
             self._made += 1
 
 
+def deal(blocks: Iterable[pa.Table], rank: int, workers: int, batch_rows: int) -> Iterator[pa.Table]:
+    """The batches of worker `rank` of `workers`: rows i of the stream with (i // batch_rows) mod workers = rank.
+
+    All workers get the same number of batches; where the stream ends within a global batch, a worker's last one has
+    fewer rows, and may have none.
+    """
+    mine: list[pa.Table] = []
+    row = 0
+    for block in blocks:
+        start = 0
+        while start < block.num_rows:
+            length = min(batch_rows - row % batch_rows, block.num_rows - start)
+            if (row // batch_rows) % workers == rank:
+                mine.append(block.slice(start, length))
+            start, row = start + length, row + length
+            if row % (batch_rows * workers) == 0:  # the global batch is whole
+                yield pa.concat_tables(mine)
+                mine = []
+    if row % (batch_rows * workers):
+        yield pa.concat_tables([SCHEMA.empty_table(), *mine])
+
+
 @dataclass(frozen=True)
 class Shard:
     """One worker's part of the stream."""
@@ -75,34 +97,17 @@ class Shard:
     workers: int
 
     def batches(self, batch_rows: int) -> Iterator[pa.Table]:
-        """This worker's batches of `batch_rows` rows, in order.
-
-        All workers get the same number of batches; where the stream ends within a global batch, a worker's last one
-        has fewer rows, and may have none.
+        """This worker's batches of `batch_rows` rows, in order (see `deal`). The pipeline starts with this call, not
+        with the first batch that is taken: it reads while the model loads.
 
         Raises:
             JobError: no block came within `WAIT_SECONDS`.
+            RequestError: a row that cannot be read or understood.
         """
-        mine: list[pa.Table] = []
-        held = row = 0
-        for block in self._blocks():
-            start = 0
-            while start < block.num_rows:
-                in_batch = row % batch_rows
-                length = min(batch_rows - in_batch, block.num_rows - start)
-                if (row // batch_rows) % self.workers == self.rank:
-                    mine.append(block.slice(start, length))
-                    held += length
-                start, row = start + length, row + length
-                if row % (batch_rows * self.workers) == 0:  # the global batch is whole
-                    yield pa.concat_tables(mine)
-                    mine, held = [], 0
-        if row % (batch_rows * self.workers):
-            yield pa.concat_tables([SCHEMA.empty_table(), *mine])
+        return deal(self._blocks(self.dealer.block.remote(0)), self.rank, self.workers, batch_rows)
 
-    def _blocks(self) -> Iterator[pa.Table]:
+    def _blocks(self, coming: Any) -> Iterator[pa.Table]:
         number = 0
-        coming = self.dealer.block.remote(0)
         while True:
             try:
                 references = ray.get(coming, timeout=WAIT_SECONDS)
@@ -115,7 +120,9 @@ class Shard:
                 return
             number += 1
             coming = self.dealer.block.remote(number)  # on its way while this one is trained on
-            yield ray.get(references[0], timeout=WAIT_SECONDS)
+            block = ray.get(references[0], timeout=WAIT_SECONDS)
+            raise_error(block)
+            yield block
 
 
 class DealInOrder(ray.train.DataConfig):

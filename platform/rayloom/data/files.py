@@ -96,6 +96,8 @@ def _parse(place: str, row: Any) -> tuple[str, dict[str, Any]]:
             raise RequestError(
                 f"{place}: not JSON: {error.msg} at column {error.colno}; a .jsonl file holds one JSON object a line"
             ) from None
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"{place}: cannot be read as JSON: {error}") from None
     if not isinstance(row, dict):
         raise RequestError(f"{place}: is a {type(row).__name__}, not a JSON object with named columns")
     return place, row
@@ -117,7 +119,7 @@ def _cut_list(file: Path, chunk_bytes: int) -> Iterator[Chunk]:
     raw = file.read_bytes()
     try:
         text = raw.decode("utf-8")
-        position = _skip(text, 0)
+        position = _skip(text, 1 if text.startswith("\ufeff") else 0)  # behind a byte order mark, as Windows writes
         if position == len(text):
             return
         if text[position] != "[":
@@ -141,11 +143,16 @@ def _cut_list(file: Path, chunk_bytes: int) -> Iterator[Chunk]:
         if rows:
             stop = start + len(text[begin:end].encode())
             yield Chunk(str(file), start, stop, rows, row, text.count("\n", 0, begin) + 1)
+        position = _skip(text, position + 1)
+        if position < len(text):
+            raise json.JSONDecodeError("something stands behind the list", text, position)
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise RequestError(f"{file}:{line}: not UTF-8 text ({error.reason})") from None
     except json.JSONDecodeError as error:
         raise RequestError(f"{file}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{file}: cannot be read as JSON: {error}") from None
 
 
 def _skip(text: str, position: int) -> int:

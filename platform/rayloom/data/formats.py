@@ -16,7 +16,10 @@ _OPENAI_ROLES: dict[str, Role] = {"user": "user", "assistant": "assistant", "sys
 def from_alpaca(row: Row) -> Example:
     """`instruction`, optional `input`, `output`; optional `system`, and `history` as a list of (question, answer)."""
     messages = [Message("system", _text(row, "system"))] if row.get("system") else []
-    for number, pair in enumerate(row.get("history") or [], 1):
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        raise ValueError(f"column 'history' must be a list of pairs, not {history!r:.60}")
+    for number, pair in enumerate(history, 1):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise ValueError(f"column 'history': entry {number} is not a pair of question and answer")
         messages += [Message("user", pair[0]), Message("assistant", pair[1])]
@@ -74,7 +77,7 @@ def _from_list(row: Row, column: str, role_key: str, text_key: str, roles: dict[
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
             raise ValueError(f"column {column!r}: turn {number} must have {role_key!r} and {text_key!r}")
-        if turn[role_key] not in roles:
+        if not isinstance(turn[role_key], str) or turn[role_key] not in roles:
             known = ", ".join(roles)
             raise ValueError(f"column {column!r}: turn {number} has the role {turn[role_key]!r}; known are {known}")
         if not isinstance(turn[text_key], str):
@@ -85,6 +88,11 @@ def _from_list(row: Row, column: str, role_key: str, text_key: str, roles: dict[
 
 def _in_turn(messages: list[Message]) -> Example:
     """Check the order of roles: system at most once and first, then user, assistant, user, assistant ..."""
+    for message in messages:
+        try:
+            message.content.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"a turn of the {message.role} is no text: {error}") from None
     turns = messages[1:] if messages[0].role == "system" else messages
     for number, message in enumerate(turns, 1):
         expected: Role = "user" if number % 2 else "assistant"

@@ -1,9 +1,10 @@
 """The mixture: which data set gives each slot of an epoch, as a pure function of the slot's number.
 
 Give data set *d* weight w_d and let its i-th row (from 0) stand at time (2i + 1) / (2 w_d). Reading the rows of all
-sets in order of time is Webster's (Sainte-Lague's) method of apportionment: after any number of slots every set has had its
-exact share to within one row, and how many rows each set has given after n slots is found by bisection, without
-walking there. The four strategies differ only in where the times begin to be ignored and where the epoch ends:
+sets in order of time is Webster's (Sainte-Lague's) method of apportionment: while none of D sets has run out, a set of
+share s is within 1/2 + s (D - 2) / 2 rows of its exact share of the slots so far (half a row for two sets, less than
+one for three). How many rows each set has given after n slots is found by bisection, without walking there. The four
+strategies differ only in where the times begin to be ignored and where the epoch ends:
 
 | strategy         | weights           | a set that ran out | the epoch ends                          |
 |------------------|-------------------|--------------------|-----------------------------------------|

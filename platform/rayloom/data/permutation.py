@@ -14,7 +14,7 @@ def permutation(length: int, *key: object) -> NDArray[np.int64]:
     Sorts the raw 64-bit output of the counter-based generator Philox (Salmon et al. 2011), keyed by a hash of `key`.
     NumPy promises that stream to stay as it is; it makes no such promise for `Generator.permutation`.
     """
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    words = np.frombuffer(digest, dtype="<u8")
-    raw = np.random.Philox(key=words[:2], counter=np.concatenate([words[2:], [0, 0]]).astype(np.uint64))
+    digest = hashlib.sha256(ascii(key).encode()).digest()  # `repr` follows the Unicode of its Python
+    words = np.frombuffer(digest + bytes(16), dtype="<u8")
+    raw = np.random.Philox(key=words[:2], counter=words[2:])
     return np.argsort(raw.random_raw(length), kind="stable")

@@ -84,8 +84,8 @@ class Plan:
         start = index * self.window
         stop = min(start + self.window, self.mixture.epoch_length)
         slots = self.mixture.slots(start, stop)
-        order = permutation(len(slots), self.seed, epoch, "segment", index)
-        return [self._address(epoch, *slots[i]) for i in order]
+        addresses = [self._address(epoch, *slot) for slot in slots]  # in slot order, so that the caches serve
+        return [addresses[i] for i in permutation(len(slots), self.seed, epoch, "segment", index)]
 
     def epochs_done(self, epoch: int, index: int, share: float) -> float:
         """Epochs that are done at `share` (0 to 1) of a segment: 1.25 is a quarter into the second."""

@@ -6,6 +6,7 @@ knows where in the stream it is, and the examples in it, so that they can be cou
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import pyarrow as pa
 
 from rayloom.data.pack import pack
 from rayloom.data.plan import Plan
+from rayloom.errors import RequestError
 
 IGNORED = -100
 """Label of a token that is not trained (`torch.nn.functional.cross_entropy`'s default `ignore_index`)."""
@@ -32,6 +34,7 @@ SCHEMA = pa.schema(
         "segment": pa.int64(),
         "row": pa.int64(),
         "epochs_done": pa.float64(),  # at the end of the row
+        "error": pa.string(),  # why a segment could not be made; such a table has one row, and nothing else in it
     }
 )
 
@@ -80,6 +83,21 @@ def segment_table(
             }
         )
     return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def error_table(error: RequestError) -> pa.Table:
+    """A table that stands for a segment that could not be made.
+
+    Errors travel as data: of an exception in a task Ray Data hands on the text only, and the user's is not to be
+    told by its text.
+    """
+    return pa.Table.from_pylist([{"error": json.dumps(error.messages)}], schema=SCHEMA)
+
+
+def raise_error(table: pa.Table) -> None:
+    """Raise the `RequestError` that the table stands for, if it does."""
+    if table.num_rows and (messages := table["error"][0].as_py()):
+        raise RequestError(*json.loads(messages))
 
 
 def collate(table: pa.Table, pad_token: int) -> dict[str, np.ndarray]:

@@ -57,10 +57,17 @@ def encode_examples(
     dropped = [0] * (sets * len(DROP_REASONS))
     tokens = encoder.encode([example for _, _, example in items])
     for (set_index, row, _), (input_ids, labels) in zip(items, tokens, strict=True):
-        if len(input_ids) > cutoff:
-            dropped[set_index * len(DROP_REASONS)] += 1
-        elif all(label < 0 for label in labels[1:]):
-            dropped[set_index * len(DROP_REASONS) + 1] += 1
-        else:
+        reason = drop_reason(input_ids, labels, cutoff)
+        if reason is None:
             kept.append(Encoded(input_ids, labels, set_index, row))
+        else:
+            dropped[set_index * len(DROP_REASONS) + reason] += 1
     return kept, dropped
+
+
+def drop_reason(input_ids: Sequence[int], labels: Sequence[int], cutoff: int) -> int | None:
+    """Which of `DROP_REASONS` keeps an example out of the training; None: it is trained on."""
+    if len(input_ids) > cutoff:
+        return 0
+    # The first token has nothing before it that it could be predicted from.
+    return 1 if all(label < 0 for label in labels[1:]) else None

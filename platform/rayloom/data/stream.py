@@ -19,8 +19,9 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from rayloom.data.plan import Plan, Position
-from rayloom.data.rows import SCHEMA
+from rayloom.data.rows import SCHEMA, error_table
 from rayloom.data.segment import Encoder, encode_segment
+from rayloom.errors import RequestError
 
 
 class _Segments(Datasource):
@@ -57,7 +58,10 @@ class _EncodeSegment:
     def _encode(self, number: int) -> pa.Table:
         plan: Plan = ray.get(self._plan)
         epoch, segment = divmod(self._start.epoch * plan.segments + self._start.segment + number, plan.segments)
-        table = encode_segment(plan, epoch, segment, self._encoder, **self._options)
+        try:
+            table = encode_segment(plan, epoch, segment, self._encoder, **self._options)
+        except RequestError as error:
+            return error_table(error)
         return table.slice(self._start.row) if number == 0 else table
 
 

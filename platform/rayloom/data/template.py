@@ -9,7 +9,8 @@ tokenized once, so the ids are exactly `apply_chat_template(tokenize=True)`'s.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,18 @@ def resolve_template(template: str, tokenizer: Any, model_path: str) -> str:
     """
     if template == "auto":
         own = tokenizer.chat_template
+        if isinstance(own, dict):
+            own = own.get("default")
         if not own:
             raise RequestError(f"data.template: auto: {model_path} has no chat template; name a .jinja file instead")
-        return own["default"] if isinstance(own, dict) else own
+        return own
     file = Path(template).expanduser()
     if file.suffix != ".jinja" or not file.is_file():
         raise RequestError(f"data.template: unknown {template!r}; give `auto` or the path of a .jinja file that exists")
-    text = file.read_text(encoding="utf-8")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{template}: cannot be read as text: {error}") from None
     try:
         tokenizer.apply_chat_template(
             [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
@@ -53,7 +59,7 @@ def resolve_template(template: str, tokenizer: Any, model_path: str) -> str:
         )
     except jinja2.TemplateSyntaxError as error:
         raise RequestError(f"{template}:{error.lineno}: not a template: {error.message}") from None
-    except jinja2.TemplateError as error:
+    except Exception as error:  # a template may do whatever Python can: divide by zero, add text to nothing
         raise RequestError(f"{template}: the template does not render a plain conversation: {error}") from None
     return text
 
@@ -71,36 +77,41 @@ class Renderer:
         """Render a batch; one tokenizer call for all of them.
 
         Raises:
-            ValueError: the template cannot say where an answer begins and ends, or renders nothing.
+            ValueError: the template cannot say where an answer begins and ends, renders nothing, or refuses an example.
         """
         if not examples:
             return []
-        if self._marks_answers:
-            return [self._render_marked(example) for example in examples]
-        texts, spans = zip(*(self._spans(example) for example in examples), strict=True)
+        find = self._marked_spans if self._marks_answers else self._spans
+        texts, spans = zip(*(find(example.as_dicts()) for example in examples), strict=True)
+        if not all(texts):
+            raise ValueError("the chat template renders nothing for this conversation")
         encoded = self._tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
         return [
             Rendered(ids, _inside(offsets, answers))
             for ids, offsets, answers in zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True)
         ]
 
-    def _render_marked(self, example: Example) -> Rendered:
-        encoded = self._tokenizer.apply_chat_template(
-            example.as_dicts(),
-            chat_template=self._template,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
-        if not encoded["input_ids"]:
-            raise ValueError("the chat template renders nothing for this conversation")
-        return Rendered(list(encoded["input_ids"]), [bool(mark) for mark in encoded["assistant_masks"]])
+    def _marked_spans(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and the characters that `{% generation %}` blocks made.
 
-    def _spans(self, example: Example) -> tuple[str, list[tuple[int, int]]]:
-        messages = example.as_dicts()
+        Not `apply_chat_template`'s own mask: where the last character of an answer takes several tokens, it has only
+        the first of them.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        with _refusals(messages):
+            rendered: Any = render_jinja_template(
+                conversations=[messages],
+                chat_template=self._template,
+                return_assistant_tokens_mask=True,
+                **self._tokenizer.special_tokens_map,
+            )
+        (text,), (spans,) = rendered
+        return text, spans
+
+    def _spans(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and the characters between the prefixes that end before and behind each answer."""
         whole = self._text(messages)
-        if not whole:
-            raise ValueError("the chat template renders nothing for this conversation")
         spans = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -121,7 +132,20 @@ class Renderer:
         return len(stripped) if stripped.endswith(self._end_of_turn) else len(text)
 
     def _text(self, messages: list[dict[str, str]], **options: Any) -> str:
-        return self._tokenizer.apply_chat_template(messages, chat_template=self._template, tokenize=False, **options)
+        with _refusals(messages):
+            return self._tokenizer.apply_chat_template(
+                messages, chat_template=self._template, tokenize=False, **options
+            )
+
+
+@contextmanager
+def _refusals(messages: list[dict[str, str]]) -> Iterator[None]:
+    """Turn what a template raises, such as its own `raise_exception("no system message")`, into a `ValueError`."""
+    try:
+        yield
+    except jinja2.TemplateError as error:
+        roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
+        raise ValueError(f"the chat template refuses a conversation with the roles {roles}: {error}") from None
 
 
 def _inside(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:

@@ -13,6 +13,7 @@ class LoraConfig(ConfigPart):
     """Low-rank adapters on frozen weights (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
 
     type: Literal["lora"] = "lora"
+    """`lora`, also where no type is given: small adapters train, the model's own weights stay as they are."""
     rank: int = Field(default=8, ge=1, le=4096)
     """Rank of the two adapter factors, 1 to 4096."""
     alpha: float | None = Field(default=None, gt=0)
@@ -27,6 +28,7 @@ class FullConfig(ConfigPart):
     """Every weight trains."""
 
     type: Literal["full"] = "full"
+    """`full`: every weight of the model trains."""
 
 
 MethodConfig = Annotated[LoraConfig | FullConfig, Field(discriminator="type")]

@@ -30,7 +30,7 @@ def check_model_path(path: str) -> None:
             for what, patterns in (
                 ("config.json", ("config.json",)),
                 ("weights (*.safetensors)", _WEIGHTS),
-                ("a tokenizer (tokenizer_config.json)", ("tokenizer_config.json", "tokenizer.json")),
+                ("tokenizer (tokenizer_config.json)", ("tokenizer_config.json", "tokenizer.json")),
             )
             if not any(any(folder.glob(pattern)) for pattern in patterns)
         ]

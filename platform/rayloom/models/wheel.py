@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+import rayloom
 from rayloom.errors import JobError, RequestError
 
 SCHEME = "pypi:"
@@ -75,11 +76,12 @@ def wheel_folder(path: str) -> Path:
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _only_one(folder.with_suffix(".lock")):
+    with _only_one(folder.parent / f"{folder.name}.lock"):
         if not folder.exists():
+            print(f"{name}: getting {entry.model}, {entry.licence}; once on this machine", file=sys.stderr, flush=True)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as scratch:
                 made = Path(scratch) / "model"
-                _convert(_fetch(name, entry, Path(scratch)), made)
+                _convert_apart(_fetch(name, entry, Path(scratch)), made)
                 made.rename(folder)
     return folder
 
@@ -114,13 +116,26 @@ def _verify(file: Path, sha256: str) -> None:
         raise JobError(f"{file.name}: SHA-256 is {found}, expected {sha256}; not used")
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def _convert_apart(gguf: Path, folder: Path) -> None:
+    """`convert` in a process of its own: the weights leave memory with it, and so do the libraries' progress bars."""
+    code = "import sys; from rayloom.models.wheel import convert; convert(sys.argv[1], sys.argv[2])"
+    source_root = str(Path(rayloom.__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([source_root, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-c", code, str(gguf), str(folder)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+    if result.returncode:
+        raise JobError(f"{gguf.name} cannot be converted: {result.stderr.strip()[-2000:]}")
+
+
+def convert(gguf: str, folder: str) -> None:
     """De-quantize a GGUF file to an ordinary bf16 Hugging Face folder."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    quantized: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(Path(gguf).parent, gguf_file=Path(gguf).name)
+    quantized: Any = AutoModelForCausalLM.from_pretrained(
+        Path(gguf).parent, gguf_file=Path(gguf).name, dtype=torch.float32
+    )
     config = quantized.config
     del config.quantization_config  # the weights no longer are; save_pretrained could not write it either
     model: Any = type(quantized)(config)

@@ -14,21 +14,21 @@ import threading
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from statistics import median
 from typing import Any
 
 from rayloom import __version__
 from rayloom.config.job import JobConfig
-from rayloom.data.index import check_rows, make_plan
 from rayloom.data.plan import Plan, Position
 from rayloom.data.rows import DROP_REASONS
 from rayloom.data.segment import encode_segment
-from rayloom.data.template import resolve_template
-from rayloom.errors import JobError, RequestError, find_request_error
-from rayloom.models.load import check_model_path, load_tokenizer
+from rayloom.errors import JobError, RequestError
 from rayloom.models.precision import choose_precision, computes_bf16
+from rayloom.stages.prepare import prepare_data
 from rayloom.stages.sft import SftEncoder
 from rayloom.train.meter import StreamMeter
-from rayloom.train.report import Reporter, plot_loss
+from rayloom.train.ray_session import prepare_environment, ray_session
+from rayloom.train.report import Reporter, mean_loss, plot_loss
 from rayloom.train.run_dir import CHECKPOINTS, RunDir, check_run_dir, open_run_dir
 
 _POLL_SECONDS = 0.25
@@ -48,18 +48,13 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
         JobError: the job failed; the run directory says how far it came.
     """
     phases = {"start": started}
+    prepare_environment()
     run = check_run_dir(job)
-    check_model_path(job.model.path)
-    plan = make_plan(job.data, seed=job.train.seed, epochs=None if job.train.max_steps else job.train.epochs)
-    check_rows(plan)
+    plan, encoder = prepare_data(job)
     if job.train.device == "cpu":
         choose_precision(job.train.precision, "cpu", bf16=computes_bf16("cpu"))
-    tokenizer = load_tokenizer(job.model.path)
-    encoder = SftEncoder(job.model.path, resolve_template(job.data.template, tokenizer, job.model.path))
     segments = _segments_needed(job, plan, _rows_in_first_segment(job, plan, encoder))
     phases["checks"] = time.time()
-
-    from rayloom.train.ray_session import ray_session
 
     with Reporter() as reporter, ray_session(verbose=verbose) as own_cluster:
         from rayloom.train.resources import plan_resources, require_resources
@@ -98,6 +93,7 @@ class _Run:
         self.monitor = start_monitor()
         self._trainer = _ray_trainer(job, run, plan, encoder, segments, resources, self.monitor)
         self._outcome: list[Any] = []
+        self._refused: RequestError | None = None
 
     def go(self) -> dict[str, Any]:
         """Train; return the summary. On the way: metrics to file and screen, signals to the workers."""
@@ -129,15 +125,16 @@ class _Run:
         for event in ray.get(self.monitor.collect.remote(), timeout=60):
             if event["kind"] == "phase":
                 self.phases[event["name"]] = event["time"]
+            elif event["kind"] == "refused":
+                self._refused = RequestError(*event["messages"])
             else:
                 with self.run.metrics_file.open("a") as file:
                     file.write(json.dumps(event["row"]) + "\n")
                 self.reporter.show(event["row"])
 
     def _failure(self, error: BaseException) -> Exception:
-        wrong = find_request_error(error)
-        if wrong is not None:
-            return wrong
+        if self._refused is not None:
+            return self._refused
         text = f"{type(error).__name__}: {error}"
         self._write({"status": "failed", "error": text[-4000:]})
         hint = ""
@@ -155,7 +152,8 @@ class _Run:
         }
         summary["model_dir"] = str(self.run.model) if summary["status"] == "finished" else None
         if rows := self.run.metrics():
-            summary["tokens_per_second"] = rows[-1]["tokens_per_second"]
+            summary["train_loss"] = mean_loss(rows)
+            summary["tokens_per_second"] = median(row["tokens_per_second"] for row in rows)
             plot_loss(rows, self.run.path / "loss.png", self.job.name)
         self._write(summary)
         return self.run.result()

@@ -15,13 +15,26 @@ from typing import Any
 
 import rayloom
 
-# Ray Train reads these in the driver and hands them on to its controller and workers.
-_TRAIN_SETTINGS = {
+_ENVIRONMENT = {
+    # Ray Train reads these in the driver and hands them on to its controller and workers.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
     "RAY_TRAIN_COLLECTIVE_WARN_INTERVAL_S": "600",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
 }
 # Set where Ray Jobs started this driver; says which runtime environment the job already has.
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
+
+def prepare_environment() -> None:
+    """Say to Ray what it reads from the environment, once, when it is imported. Call this before anything imports it.
+
+    A Ray of our own authenticates with a fresh token that no file holds, unless the user has said how.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if not os.environ.get("RAY_ADDRESS") and "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 @contextmanager
@@ -34,15 +47,11 @@ def ray_session(*, verbose: bool) -> Iterator[bool]:
     Yields:
         Whether the cluster is our own local one.
     """
-    for name, value in _TRAIN_SETTINGS.items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     if os.environ.get("RAY_ADDRESS"):
         with _connected(verbose, address=os.environ["RAY_ADDRESS"]):
             yield False
         return
     folder = tempfile.mkdtemp(prefix="rl-", dir="/tmp" if Path("/tmp").is_dir() else None)  # socket paths are short
-    _own_token()
     try:
         with _connected(verbose, address="local", _temp_dir=folder, include_dashboard=False):
             yield True
@@ -62,19 +71,10 @@ def _connected(verbose: bool, **options: Any) -> Iterator[None]:
         runtime_env=_runtime_env(),
         configure_logging=True,
     )
-    if not verbose:
-        logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         yield
     finally:
         ray.shutdown()
-
-
-def _own_token() -> None:
-    """Authenticate our own cluster with a fresh token, unless the user has said how; write no file."""
-    if "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def _runtime_env() -> dict[str, Any]:

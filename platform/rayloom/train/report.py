@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,15 @@ def parse_metrics_line(line: str) -> tuple[int, int, float] | None:
     """(step, percent done, loss) of a line that `metrics_line` made; None for any other line."""
     match = _LINE.match(line.strip())
     return (int(match["step"]), int(match["percent"]), float(match["loss"])) if match else None
+
+
+def mean_loss(rows: Sequence[MetricsRow]) -> float:
+    """Mean loss over all steps. A row holds the mean of the steps since the row before, so it counts that often."""
+    steps = [0, *(row["step"] for row in rows)]
+    return (
+        sum(row["loss"] * (step - before) for row, before, step in zip(rows, steps, steps[1:], strict=False))
+        / steps[-1]
+    )
 
 
 class Reporter:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ class RunDir:
 
     path: Path
     existed: bool
+    made: tuple[Path, ...] = ()
+    """What opening it made: the directory and the folders above it that were missing, innermost first."""
 
     @property
     def model(self) -> Path:
@@ -50,6 +54,7 @@ class RunDir:
         """The checkpoint that Ray Train would resume from: the newest that it knows to be whole."""
         from ray.train import Result
 
+        logging.getLogger("ray.train").setLevel(logging.WARNING)  # it tells at length that it has found what we ask for
         folder = self.path / CHECKPOINTS
         if not (folder / "checkpoint_manager_snapshot.json").exists():
             return None
@@ -66,6 +71,9 @@ class RunDir:
         """Leave no trace, if the directory is of our making."""
         if not self.existed:
             shutil.rmtree(self.path, ignore_errors=True)
+            with suppress(OSError):  # a folder that another job has begun to use stays
+                for folder in self.made[1:]:
+                    folder.rmdir()
 
 
 def check_run_dir(job: JobConfig) -> RunDir:
@@ -97,6 +105,7 @@ def open_run_dir(job: JobConfig, run: RunDir) -> RunDir:
     if job.overwrite and run.existed:
         shutil.rmtree(run.path)
         run = RunDir(run.path, existed=False)
+    run = replace(run, made=tuple(folder for folder in (run.path, *run.path.parents) if not folder.exists()))
     run.path.mkdir(parents=True, exist_ok=True)
     if job.resume and (checkpoint := run.latest_checkpoint()):
         _, step = StreamMeter.load(checkpoint)
@@ -112,6 +121,8 @@ def _check_writable(job: JobConfig, path: Path) -> None:
     folder = path
     while not folder.exists():
         folder = folder.parent
+    if folder != path and not folder.is_dir():
+        raise RequestError(f"output_dir: {job.output_dir}: {folder} is a file, not a folder")
     try:
         with tempfile.TemporaryFile(dir=folder if folder.is_dir() else folder.parent):
             pass

@@ -79,7 +79,7 @@ class StreamTrainer(transformers.Trainer):
         self._monitor = monitor
         self._pad_token = pad_token
         self._saved_step = -1
-        self._log_clock = (time.perf_counter(), meter.tokens)
+        self._log_clock: tuple[float, int] | None = None  # (time, tokens) of the row before; set by the first batch
         self.stopped = False
 
     # --- data --------------------------------------------------------------------------------------------------------
@@ -103,6 +103,8 @@ class StreamTrainer(transformers.Trainer):
                 self.stopped = step.stop
                 self._end()
                 return [], None
+            if self._log_clock is None:
+                self._log_clock = (time.perf_counter(), self.meter.tokens)
             step.add_to(self.meter)
             if step.trained_tokens:
                 break  # else all of these examples were left out: take the next ones
@@ -140,6 +142,7 @@ class StreamTrainer(transformers.Trainer):
         """Post a row of metrics to the driver."""
         if "loss" not in logs:  # transformers' closing summary; `result.json` says it better
             return
+        assert self._log_clock is not None
         now, (then, tokens) = time.perf_counter(), self._log_clock
         self._log_clock = (now, self.meter.tokens)
         row: dict[str, Any] = {

@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 import transformers
 
 from rayloom.config.job import JobConfig
+from rayloom.errors import RequestError
 from rayloom.methods.attach import attach_method
 from rayloom.models.load import load_causal_lm, load_tokenizer, pad_token
 from rayloom.models.precision import Precision, choose_precision, computes_bf16
@@ -30,19 +31,12 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _ENDLESS = 2**31
 
 
-class _ShardTables:
-    """This rank's shard as Arrow tables of one batch each. Iterating starts the stream; it can be done once."""
-
-    def __init__(self, batch_rows: int, on_first: Any) -> None:
-        self._batch_rows = batch_rows
-        self._on_first = on_first
-
-    def __iter__(self) -> Iterator[pa.Table]:
-        shard: Any = ray.train.get_dataset_shard("train")  # a `rayloom.data.deal.Shard`
-        for number, table in enumerate(shard.batches(self._batch_rows)):
-            if number == 0:
-                self._on_first()
-            yield table
+def _announced(tables: Iterator[pa.Table], on_first: Callable[[], None]) -> Iterator[pa.Table]:
+    """The same tables; `on_first` is called when the first has come."""
+    for number, table in enumerate(tables):
+        if number == 0:
+            on_first()
+        yield table
 
 
 class _FirstStep(transformers.TrainerCallback):
@@ -57,7 +51,18 @@ class _FirstStep(transformers.TrainerCallback):
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
-    """One worker's life. Rank 0's return value is the driver's summary."""
+    """One worker's life. Rank 0's return value is the driver's summary.
+
+    What is wrong with the request is posted to the driver: Ray keeps only the text of a worker's exception.
+    """
+    try:
+        return _train(config)
+    except RequestError as error:
+        ray.get(config["monitor"].post.remote({"kind": "refused", "messages": error.messages}))
+        raise
+
+
+def _train(config: dict[str, Any]) -> dict[str, Any] | None:
     job = JobConfig.model_validate(config["job"])
     monitor, device, sets = config["monitor"], config["device"], config["sets"]
     rank = ray.train.get_context().get_world_rank()
@@ -69,7 +74,9 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
             ray.get(monitor.post.remote({"kind": "phase", "name": name, "time": time.time()}))
 
     phase("workers")
-    _quieten()
+    shard: Any = ray.train.get_dataset_shard("train")  # a `rayloom.data.deal.Shard`
+    tables = shard.batches(job.train.batch_size)
+    _quieten(device)
     if device == "cpu":
         torch.set_num_threads(_own_cores())
     precision = choose_precision(job.train.precision, device, bf16=computes_bf16(device))
@@ -95,14 +102,14 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
             args=arguments,
             processing_class=tokenizer,
             callbacks=[_FirstStep(phase)],
-            tables=_ShardTables(job.train.batch_size, lambda: phase("first batch")),
+            tables=_announced(tables, lambda: phase("first batch")),
             meter=meter,
             settings=job.train,
             monitor=monitor,
             pad_token=pad_token(tokenizer),
         )
         trainer.remove_callback(transformers.PrinterCallback)
-        output = trainer.train(resume_from_checkpoint=folder)
+        trainer.train(resume_from_checkpoint=folder)
         if not trainer.stopped:
             trainer.save_model(config["model_dir"])
     if rank != 0:
@@ -110,8 +117,6 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
     return {
         "status": "stopped" if trainer.stopped else "finished",
         "steps": trainer.state.global_step,
-        "train_loss": output.training_loss,
-        "train_seconds": output.metrics["train_runtime"],
         "tokens": meter.tokens,
         "trained_tokens": meter.trained_tokens,
         "examples": meter.examples,
@@ -173,7 +178,10 @@ def _size(parameter: torch.nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def _quieten() -> None:
+def _quieten(device: str) -> None:
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -1,0 +1,54 @@
+"""What a job that `ray job submit` started must know about where it runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rayloom.config.read import read_job
+from rayloom.errors import RequestError
+from rayloom.jobs.local_head import STOP_WAIT
+
+# Set by Ray Jobs in the processes that it starts.
+_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
+
+def lasting_arguments(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """The arguments of `rayloom train`, with an `output_dir` that outlives the job.
+
+    The current directory of a Ray job is a copy of the submitter's that Ray deletes, so a relative `output_dir` is
+    taken from `~/rayloom` instead.
+
+    Args:
+        arguments: options, the job file, overrides.
+        environment: of this process.
+
+    Returns:
+        The arguments, and what to tell the user.
+    """
+    words = [argument for argument in arguments if not argument.startswith("-")]
+    if _JOB_CONFIG not in environment or not words:
+        return list(arguments), []
+    notes = []
+    runtime_env: dict[str, Any] = json.loads(environment[_JOB_CONFIG]).get("runtime_env") or {}
+    if runtime_env.get("working_dir"):
+        try:
+            output_dir = Path(read_job(words[0], words[1:]).output_dir)
+        except RequestError:
+            return list(arguments), []  # `rayloom train` says it
+        if not output_dir.is_absolute() and not str(output_dir).startswith("~"):
+            place = f"~/rayloom/{output_dir}"
+            arguments = [*arguments, f"output_dir={place}"]
+            notes.append(
+                f"output_dir: {output_dir} is relative, and the directory of a Ray job is deleted after it; "
+                f"the run goes to {Path(place).expanduser()} on the cluster. An absolute path says where"
+            )
+    (name, seconds), *_ = STOP_WAIT.items()
+    if name not in environment:
+        notes.append(
+            f"stopping this job kills it after 3 s, perhaps without a checkpoint; submit it with `rayloom submit`, "
+            f"or with {name}={seconds} among the env_vars of its runtime environment"
+        )
+    return list(arguments), notes

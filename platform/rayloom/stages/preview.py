@@ -1,0 +1,238 @@
+"""`rayloom data preview`: what the model will be shown, before anything is trained."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from rayloom.config.job import JobConfig
+from rayloom.data.plan import Plan
+from rayloom.data.rows import DROP_REASONS, Encoded
+from rayloom.data.sample import Measured, Sample, histogram, measure_lengths, take_sample
+from rayloom.data.segment import drop_reason
+from rayloom.models.load import load_tokenizer
+from rayloom.stages.prepare import prepare_data
+
+_WIDTH, _BAR, _NAME = 110, 48, 24
+_TRAINED, _READ, _TRAINED_SPECIAL, _READ_SPECIAL = "green", "dim", "bold green", "cyan"
+_OPEN, _CLOSE = "⟦", "⟧"
+
+
+def preview(job: JobConfig, rows: int, console: Console) -> None:
+    """Show the first `rows` examples of the stream as the model will see them, then what the data is like.
+
+    Raises:
+        RequestError: the model, the data or the template cannot be used.
+    """
+    with console.status("reading the data"):
+        plan, encoder = prepare_data(job)
+        sample = take_sample(plan, encoder, cutoff=job.data.cutoff, first=rows)
+    if sample.first:
+        _show_examples(sample.first, plan, load_tokenizer(job.model.path), job.data.cutoff, console)
+    measured = f"the first {len(sample.examples):,} of {plan.mixture.epoch_length:,} examples of an epoch"
+    if len(sample.examples) == plan.mixture.epoch_length:
+        measured = f"all {len(sample.examples):,} examples of an epoch"
+    console.print(Text.assemble(("Mix", "bold"), f"  {job.data.mix}"))
+    console.print(_mix_table(plan))
+    console.print(Text.assemble("\n", ("Tokens", "bold"), f"  {measured}, cutoff {job.data.cutoff:,}"))
+    console.print(_token_table(plan, sample))
+    console.print(Text.assemble("\n", ("Lengths", "bold"), "  examples by tokens"))
+    for bar in _bars(sample, job.data.cutoff, min(console.width, _WIDTH)):
+        console.print(bar, soft_wrap=True)
+    console.print(Text.assemble("\n", ("Rows", "bold")))
+    for line in _findings(job, plan, sample):
+        console.print(Text(line), soft_wrap=not console.is_terminal)
+
+
+# --- examples -------------------------------------------------------------------------------------------------------
+
+
+def _show_examples(examples: Iterable[Encoded], plan: Plan, tokenizer: Any, cutoff: int, console: Console) -> None:
+    in_colour = console.color_system is not None and not console.no_color
+    if in_colour:
+        legend = Text.assemble(("trained", _TRAINED), "  ", ("read only", _READ), "  ", ("special", _READ_SPECIAL))
+        console.print(legend.append("  ↵ line break", _READ))
+    else:
+        console.print(f"{_OPEN}trained{_CLOSE} read only", markup=False)
+    for example in examples:
+        trained = sum(label >= 0 for label in example.labels[1:])
+        title = Text.assemble((plan.sets[example.set].name, "bold"), f", row {example.row + 1}: ")
+        title.append(f"{_count(len(example.input_ids), 'token')}, {trained} trained")
+        reason = drop_reason(example.input_ids, example.labels, cutoff)
+        if reason is not None:
+            title.append(f", left out: {DROP_REASONS[reason]}", "bold red")
+        console.print(Rule(title, align="left", style="dim"), width=min(console.width, _WIDTH))
+        spans = list(spans_of(example, tokenizer, cutoff))
+        text = _coloured(spans) if in_colour else Text(_marked(spans))
+        if len(example.input_ids) > cutoff:
+            text.append(f"\n... {len(example.input_ids) - cutoff} more tokens", "red")
+        console.print(text, soft_wrap=not console.is_terminal, end="" if text.plain.endswith("\n") else "\n")
+        console.print()
+
+
+def spans_of(example: Encoded, tokenizer: Any, limit: int) -> Iterator[tuple[str, bool, bool]]:
+    """(text, is trained, is special) of each stretch of like tokens within the first `limit`, in order.
+
+    Each prefix is decoded from the beginning: a tokenizer may write a token otherwise where a text begins, and a
+    character may be spread over two tokens. Such a character goes with the later token.
+    """
+    ids = example.input_ids[:limit]
+    special = _special_tokens(tokenizer)
+    kinds = [(label >= 0, token in special) for token, label in zip(ids, example.labels, strict=False)]
+    shown = 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or kinds[end] != kinds[end - 1]:
+            text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            if end < len(ids):
+                text = text.rstrip("\N{REPLACEMENT CHARACTER}")
+            yield visible(text[shown:]), *kinds[end - 1]
+            shown = len(text)
+
+
+def visible(text: str) -> str:
+    """The text with control characters made visible, but for line breaks and tabs: data must not steer a terminal."""
+    return "".join(char if char in "\n\t" or not _steers(char) else f"<U+{ord(char):04X}>" for char in text)
+
+
+def _steers(char: str) -> bool:
+    is_bidi = unicodedata.bidirectional(char) in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+    return is_bidi or unicodedata.category(char) == "Cc"
+
+
+def _special_tokens(tokenizer: Any) -> set[int]:
+    added = tokenizer.added_tokens_decoder.items()
+    return {*tokenizer.all_special_ids, *(token for token, entry in added if entry.special)}
+
+
+def _coloured(spans: Iterable[tuple[str, bool, bool]]) -> Text:
+    text = Text(no_wrap=False)
+    for piece, is_trained, is_special in spans:
+        plain = _TRAINED if is_trained else _READ
+        style = (_TRAINED_SPECIAL if is_trained else _READ_SPECIAL) if is_special else plain
+        for number, line in enumerate(piece.split("\n")):
+            if number:
+                text.append("↵\n", plain)
+            text.append(line, style)
+    return text
+
+
+def _marked(spans: Iterable[tuple[str, bool, bool]]) -> str:
+    text, was_trained = "", False
+    for piece, is_trained, _ in spans:
+        if is_trained != was_trained:
+            text += _OPEN if is_trained else _CLOSE
+        text, was_trained = text + piece, is_trained
+    return text + _CLOSE if was_trained else text
+
+
+# --- numbers --------------------------------------------------------------------------------------------------------
+
+
+def _table(columns: Iterable[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 0, 0, 1), pad_edge=False, header_style="dim")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True, vertical="bottom")
+    return table
+
+
+def _mix_table(plan: Plan) -> Table:
+    length = plan.mixture.epoch_length
+    table = _table(("data set", "format", "rows", "in an epoch", "share", "passes"))
+    for data_set, count in zip(plan.sets, plan.mixture.counts(length), strict=True):
+        passes = f"{count / data_set.length:.2f}"
+        numbers = (f"{data_set.length:,}", f"{count:,}", _percent(count, length), passes)
+        table.add_row(_short(data_set.name), data_set.format, *numbers)
+    if len(plan.sets) > 1:
+        table.add_section()
+        table.add_row("all", "", f"{sum(s.length for s in plan.sets):,}", f"{length:,}", _percent(length, length), "")
+    return table
+
+
+def _token_table(plan: Plan, sample: Sample) -> Table:
+    head = ("data set", "examples", "min", "median", "p95", "max", "trained", "too\nlong", "nothing\nto train")
+    table = _table(head)
+    for number, data_set in enumerate(plan.sets):
+        table.add_row(*_token_row(data_set.name, [example for example in sample.examples if example.set == number]))
+    if len(plan.sets) > 1:
+        table.add_section()
+        table.add_row(*_token_row("all", sample.examples))
+    return table
+
+
+def _token_row(name: str, examples: Iterable[Measured]) -> list[str | Text]:
+    examples = list(examples)
+    if not examples:
+        return [_short(name), "0", *"-------"]
+    lengths = measure_lengths([example.tokens for example in examples])
+    kept = [example for example in examples if example.dropped is None]
+    counts = [sum(example.dropped == reason for example in examples) for reason in range(len(DROP_REASONS))]
+    return [
+        _short(name),
+        f"{len(examples):,}",
+        *(f"{value:,}" for value in (lengths.smallest, lengths.median, lengths.p95, lengths.largest)),
+        _percent(sum(example.trained for example in kept), sum(example.tokens for example in kept)),
+        *(Text(f"{count:,}", "bold red" if count else "") for count in counts),
+    ]
+
+
+def _findings(job: JobConfig, plan: Plan, sample: Sample) -> Iterator[str]:
+    kept = len(sample.kept)
+    if not kept:
+        yield "nothing of it can be trained on: the job would be refused"
+        return
+    cutoff, tokens = job.data.cutoff, sample.kept_tokens
+    packed = f"{_count(sample.packed_rows, 'row')} of {cutoff:,} tokens"
+    packed += f", {_percent(tokens, sample.packed_rows * cutoff)} full"
+    if job.data.packing:
+        yield f"packing makes {packed}, of {_count(kept, 'example')}"
+    else:
+        yield f"packing is off: a row is one example, {tokens / kept:,.0f} tokens on average"
+        yield f"with packing, {_count(kept, 'example')} would make {packed}"
+    rows = sample.packed_rows if job.data.packing else kept
+    in_epoch = rows * plan.mixture.epoch_length / len(sample.examples)
+    train = job.train
+    per_step = train.workers * train.batch_size * train.gradient_accumulation
+    yield (
+        f"an epoch is about {_about(in_epoch)} rows; at {per_step} a step, about {_about(in_epoch / per_step)} steps "
+        f"({_count(train.workers, 'worker')}, batch_size {train.batch_size}, "
+        f"gradient_accumulation {train.gradient_accumulation})"
+    )
+
+
+def _bars(sample: Sample, cutoff: int, width: int) -> Iterator[Text]:
+    bins = histogram([example.tokens for example in sample.examples], cutoff)
+    labels = [f"{b.start:,}-{b.stop:,}" if b.stop else f"{b.start:,} and more" for b in bins]
+    label_width = max(map(len, labels))
+    most = max(b.count for b in bins)
+    room = min(_BAR, width - label_width - len(f"{most:,} longer than the cutoff") - 6)
+    for label, item in zip(labels, bins, strict=True):
+        too_long = item.start > cutoff
+        bar = "█" * round(room * item.count / most) or ("▏" if item.count else "")
+        text = Text(f"{label:>{label_width}}  ")
+        text.append(bar, "red" if too_long else "blue").append(f" {item.count:,}" if bar else "0", "dim")
+        yield text.append("  longer than the cutoff" if too_long else "", "red")
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _NAME else name[: _NAME - 1] + "…"
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'s' * (number != 1)}"
+
+
+def _about(number: float) -> str:
+    """Three digits: what is extrapolated from a sample is not known to more."""
+    digits = 10 ** max(0, len(str(round(number))) - 3)
+    return f"{max(1, round(number / digits) * digits):,}"

@@ -1,0 +1,266 @@
+"""Training on a real Ray: right numbers under every engine, exact resume, clear refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from tests.ray.jobs import job, metrics, plain_losses, run, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rayloom.data import index
+from rayloom.data.example import Example
+from rayloom.data.segment import encode_segment, read_segment
+from rayloom.errors import RequestError
+from rayloom.jobs.local_head import LocalHead
+from rayloom.methods.attach import attach_method
+from rayloom.stages.prepare import prepare_data
+
+STEPS = 4
+pytestmark = pytest.mark.usefixtures("connected")
+
+
+@pytest.fixture(scope="module")
+def connected(head: LocalHead) -> Any:
+    """Let `run_job` find the shared head, as a cluster's driver would."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**head.environment, "RAY_ADDRESS": head.cluster_address}.items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("data")
+    return [
+        {"path": str(write_rows(folder / "short.jsonl", 30, seed=1)), "weight": 1},
+        {"path": str(write_rows(folder / "long.jsonl", 60, seed=2)), "weight": 3},
+    ]
+
+
+@pytest.fixture(scope="module")
+def mixed() -> dict[str, Any]:
+    return {"mix": "interleave_once"}
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model: Path, data: list[dict[str, Any]], mixed: dict[str, Any], tmp_path_factory: Any) -> Any:
+    """The run that the others are compared with: one worker, no DeepSpeed."""
+    config = job(tiny_model, tmp_path_factory.mktemp("plain"), data, data=mixed, train={"max_steps": STEPS})
+    result, rows = run(config)
+    return config, result, rows
+
+
+def losses(rows: list[dict[str, Any]]) -> list[float]:
+    return [row["loss"] for row in rows]
+
+
+def test_losses_equal_a_loop_without_packing(plain: Any, tiny_model: Path) -> None:
+    config, result, rows = plain
+    plan, encoder = prepare_data(config)
+    # The same examples, step by step, found from the positions that the run reported.
+    taken: list[list[Example]] = []
+    segments = [(0, index) for index in range(plan.segments)]
+    tables = [encode_segment(plan, *key, encoder, cutoff=128, packing=True) for key in segments]
+    by_row = {(data_set, row): example for key in segments for data_set, row, example in read_segment(plan, *key)}
+    stream = [row for table in tables for row in table.to_pylist()]
+    for step in range(STEPS):
+        members = [
+            by_row[address]
+            for row in stream[step * 2 : step * 2 + 2]
+            for address in zip(row["sets"], row["rows"], strict=True)
+        ]
+        taken.append(members)
+    torch.manual_seed(config.train.seed)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    model = attach_method(model, config.method)
+    # LoRA's A factors are drawn at random, after seeding, loading and attaching in this order, as in the worker.
+    expected = plain_losses(model, [encoder.encode(examples) for examples in taken], config)
+    assert losses(rows) == pytest.approx(expected, abs=1e-5)
+    assert result["engine"] == {"class": "DistributedDataParallel", "zero_stage": 0}
+
+
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+def test_zero_on_two_workers_equals_plain(
+    stage: str, plain: Any, tiny_model: Path, data: Any, mixed: dict[str, Any], tmp_path: Path
+) -> None:
+    _, _, expected = plain
+    config = job(
+        tiny_model,
+        tmp_path,
+        data,
+        data=mixed,
+        train={"max_steps": STEPS, "workers": 2, "batch_size": 1, "deepspeed": stage},
+    )
+    result, rows = run(config)
+    assert result["engine"] == {"class": "DeepSpeedEngine", "zero_stage": int(stage[-1])}
+    assert losses(rows) == pytest.approx(losses(expected), abs=1e-5)
+    assert [row["position"] for row in rows] == [row["position"] for row in expected]
+    assert [row["examples_seen"] for row in rows] == [row["examples_seen"] for row in expected]
+
+
+def test_accumulation_equals_one_large_batch(
+    plain: Any, tiny_model: Path, data: Any, mixed: dict[str, Any], tmp_path: Path
+) -> None:
+    _, _, expected = plain
+    changed = {"max_steps": STEPS, "batch_size": 1, "gradient_accumulation": 2}
+    _, rows = run(job(tiny_model, tmp_path, data, data=mixed, train=changed))
+    assert losses(rows) == pytest.approx(losses(expected), abs=1e-5)
+
+
+def test_an_epoch_on_two_workers_sees_each_example_once(tiny_model: Path, data: Any, tmp_path: Path) -> None:
+    plain_sets = [{"path": item["path"]} for item in data]
+    config = job(
+        tiny_model,
+        tmp_path,
+        plain_sets,
+        data={"cutoff": 256},
+        method={"type": "full"},
+        train={"workers": 2, "batch_size": 3, "epochs": 2, "save_steps": 1000},
+    )
+    result, rows = run(config)
+    assert result["examples"] == {"short": 60, "long": 120}
+    assert rows[-1]["epoch"] == pytest.approx(2)
+    assert result["position"] == {"epoch": 1, "segment": 5, "row": result["position"]["row"]}
+    assert result["engine"]["class"] == "DistributedDataParallel"
+    model = AutoModelForCausalLM.from_pretrained(config.run_dir / "model")
+    assert result["parameters"]["trained"] == sum(p.numel() for p in model.parameters())
+
+
+def test_run_directory(plain: Any) -> None:
+    config, result, rows = plain
+    assert sorted(path.name for path in config.run_dir.iterdir()) == [
+        "checkpoints",
+        "job.yaml",
+        "loss.png",
+        "metrics.jsonl",
+        "model",
+        "result.json",
+    ]
+    stored = yaml.safe_load((config.run_dir / "job.yaml").read_text())
+    assert stored["train"]["max_steps"] == STEPS
+    assert stored["data"]["train"][0]["name"] == "short"
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert result == json.loads((config.run_dir / "result.json").read_text())
+    assert result["status"] == "finished"
+    assert result["steps"] == STEPS
+    assert (config.run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_shares_follow_the_weights(plain: Any) -> None:
+    _, result, _ = plain
+    seen = result["examples"]
+    total = sum(seen.values())
+    assert abs(seen["short"] - total / 4) <= 1 + total % 16  # exact in whole segments, shuffled within one
+
+
+def test_the_adapter_loads_in_peft_and_merges(plain: Any, tiny_model: Path) -> None:
+    config, _, _ = plain
+    tokenizer = AutoTokenizer.from_pretrained(config.run_dir / "model")
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "river stone?"}], return_tensors="pt")["input_ids"]
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    with torch.no_grad():
+        untrained = base(ids).logits
+        adapted = PeftModel.from_pretrained(base, config.run_dir / "model").eval()
+        logits = adapted(ids).logits
+        merged = adapted.merge_and_unload()(ids).logits
+    assert (logits - untrained).abs().max() > 1e-3  # it has learned something
+    torch.testing.assert_close(merged, logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_finished_run_is_refused(plain: Any) -> None:
+    config, _, rows = plain
+    with pytest.raises(RequestError, match="holds a finished run"):
+        run(config)
+    with pytest.raises(RequestError, match="nothing is left to do"):
+        run(config.model_copy(update={"resume": True}))
+    assert metrics(config) == rows
+
+
+def test_resume_refuses_another_job(plain: Any) -> None:
+    config, _, _ = plain
+    longer = config.train.model_copy(update={"max_steps": STEPS + 1, "seed": 7})
+    changed = config.model_copy(update={"resume": True, "train": longer, "method": {"type": "full"}})
+    with pytest.raises(RequestError) as refused:
+        run(changed)
+    assert [message.split(":")[0] for message in refused.value.messages] == ["resume", "resume"]
+    assert "train.seed is 7" in str(refused.value)
+    assert "method differs" in str(refused.value)
+
+
+def test_more_than_the_cluster_has_is_refused_in_time(tiny_model: Path, data: Any, tmp_path: Path) -> None:
+    config = job(tiny_model, tmp_path / "out", data, data={"mix": "interleave_once"}, train={"workers": 64})
+    config = config.model_copy(update={"train": config.train.model_copy(update={"wait_for_resources": 3.0})})
+    started = time.monotonic()
+    with pytest.raises(RequestError) as refused:
+        run(config)
+    assert time.monotonic() - started < 60
+    assert "64 workers with 1 CPU" in str(refused.value)
+    assert "1 node with 4 CPU" in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_row_met_while_training_is_a_request_error(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "CHECKED_BYTES", 0)  # as if the row stood behind the part that is checked up front
+    path = write_rows(tmp_path / "rows.jsonl", 80)
+    config = job(tiny_model, tmp_path / "out", [{"path": str(path)}])
+    plan, _ = prepare_data(config)
+    bad = plan.segment(0, plan.segments - 1)[0].row
+    lines = path.read_text().splitlines()
+    lines[bad] = '{"instruction": "and no answer"}'
+    path.write_text("\n".join(lines))
+    with pytest.raises(RequestError, match=rf"rows\.jsonl:{bad + 1}: row {bad + 1}: has no column 'output'"):
+        run(config)
+    assert not config.run_dir.exists()
+
+
+@pytest.mark.parametrize(("engine", "workers"), [("none", 1), ("zero2", 2)])
+def test_stopped_and_resumed_equals_uninterrupted(
+    engine: str, workers: int, tiny_model: Path, data: Any, tmp_path: Path
+) -> None:
+    train = {"workers": workers, "batch_size": 2 // workers, "deepspeed": engine, "epochs": 40, "max_steps": 120}
+    whole = job(tiny_model, tmp_path, data, name="whole", data={"mix": "interleave_over"}, train=train)
+    result, rows = run(whole)
+
+    cut = job(tiny_model, tmp_path, data, name="cut", data={"mix": "interleave_over"}, train=train)
+    file = tmp_path / "cut.yaml"
+    file.write_text(yaml.safe_dump(cut.model_dump(mode="json")))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rayloom", "train", str(file)],
+        env=dict(os.environ),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    seen: list[str] = []
+    for line in process.stdout or []:
+        seen.append(line)
+        if line.startswith("step 20 "):
+            process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 1, "".join(seen)
+    stopped = json.loads((cut.run_dir / "result.json").read_text())
+    assert stopped["status"] == "stopped"
+    assert 20 <= stopped["steps"] < 120
+    assert "resume=true" in seen[-1]
+
+    resumed, rows_after = run(cut.model_copy(update={"resume": True}))
+    assert rows_after[: len(rows)] == [
+        {**row, "tokens_per_second": after["tokens_per_second"]} for row, after in zip(rows, rows_after, strict=True)
+    ]
+    assert (resumed["examples"], resumed["tokens"]) == (result["examples"], result["tokens"])
+    assert resumed["train_loss"] == pytest.approx(result["train_loss"], abs=1e-12)
+    weights, expected = (load_file(c.run_dir / "model" / "adapter_model.safetensors") for c in (cut, whole))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)

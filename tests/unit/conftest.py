@@ -1,0 +1,28 @@
+"""What the unit tests share: one tiny model for the session, and Hypothesis without a clock and without chance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+from tests.tiny_model import make_tiny_model
+
+from rayloom.models.load import load_tokenizer
+
+# Derandomized: a red run is red again. To search further: `--hypothesis-profile=search`.
+hypothesis.settings.register_profile("rayloom", deadline=None, max_examples=60, derandomize=True)
+hypothesis.settings.register_profile("search", deadline=None, max_examples=2000)
+hypothesis.settings.load_profile("rayloom")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer Llama with random weights and a trained tokenizer with a ChatML template."""
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_model: Path) -> Any:
+    return load_tokenizer(str(tiny_model))

@@ -1,0 +1,531 @@
+"""The job file: where things were written, what is refused and in which words, overrides, and the way back to YAML."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from rayloom.config.document import dump_document, parse_value, read_document
+from rayloom.config.job import JobConfig
+from rayloom.config.read import dump_job, read_job
+from rayloom.errors import RequestError
+
+JOB = """\
+name: a
+model:
+  path: m
+data:
+  train:
+    - {path: x.jsonl}
+    - y.jsonl
+"""
+
+
+@pytest.fixture
+def job_file(tmp_path: Path) -> Path:
+    path = tmp_path / "job.yaml"
+    path.write_text(JOB, encoding="utf-8")
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> list[str]:
+    """The messages of a refused job, without the folder of the file."""
+    with pytest.raises(RequestError) as refused:
+        read_job(path, overrides)
+    return [message.replace(str(path), "job.yaml") for message in refused.value.messages]
+
+
+def refusal_of(path: Path, text: str) -> list[str]:
+    path.write_text(text, encoding="utf-8")
+    return refusal(path)
+
+
+# --- places ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_key_and_entry_has_its_line(job_file):
+    document = read_document(job_file)
+    lines = {location: int(place.rpartition(":")[2]) for location, place in document.places.items()}
+    assert all(place.startswith(f"{job_file}:") for place in document.places.values())
+    assert lines == {
+        ("name",): 1,
+        ("model",): 2,
+        ("model", "path"): 3,
+        ("data",): 4,
+        ("data", "train"): 5,
+        ("data", "train", 0): 6,
+        ("data", "train", 0, "path"): 6,
+        ("data", "train", 1): 7,
+    }
+
+
+def test_what_was_not_written_is_placed_at_what_holds_it(job_file):
+    document = read_document(job_file)
+    assert document.place(("data", "train", 1, "weight")) == f"{job_file}:7"
+    assert document.place(("data", "mix")) == f"{job_file}:4"
+    assert document.place(("train", "epochs")) == str(job_file)
+
+
+def test_anchors_aliases_and_merges_are_read(job_file):
+    job_file.write_text(
+        "name: &n abc\noutput_dir: *n\nmodel: {path: m}\ndata:\n  mix: interleave_once\n  train:\n"
+        "  - &first {path: x.jsonl, weight: 2}\n  - {<<: *first, path: y.jsonl}\n"
+    )
+    job = read_job(job_file)
+    assert job.output_dir == "abc"
+    assert [(item.path, item.weight) for item in job.data.train] == [("x.jsonl", 2.0), ("y.jsonl", 2.0)]
+
+
+def test_a_fault_behind_an_alias_is_placed_where_it_is_written(job_file):
+    text = "name: a\nmodel: {path: m}\ndata:\n  train:\n  - &s {path: x.jsonl, weigth: 1}\n  - *s\n"
+    assert refusal_of(job_file, text) == [
+        "job.yaml:5: unknown key 'data.train[0].weigth'; did you mean 'weight'?",
+        "job.yaml:5: unknown key 'data.train[1].weigth'; did you mean 'weight'?",
+    ]
+
+
+# --- what is no job file --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\nname: b\n", "job.yaml:2:1: not YAML: key 'name' stands here twice"),
+        ("train: {seed: 1, seed: 2}\n", "job.yaml:1:18: not YAML: key 'seed' stands here twice"),
+        ("data:\n  train:\n  - path: a\n    path: b\n", "job.yaml:4:5: not YAML: key 'path' stands here twice"),
+        ("a: b: c", "job.yaml:1:5: not YAML: mapping values are not allowed here"),
+        ("name: a\n\tb: c", "job.yaml:2:1: not YAML: found character '\\t' that cannot start any token"),
+        ("a: 1\n---\nb: 2\n", "job.yaml:2:1: not YAML: but found another document"),
+        ("1: x\n", "job.yaml:1:1: not YAML: a key must be text, not '1'; put it in quotes"),
+        ("on: x\n", "job.yaml:1:1: not YAML: a key must be text, not 'on'; put it in quotes"),
+        ("? [a, b]\n: x\n", "job.yaml:1:3: not YAML: a key must be text, not a sequence"),
+        ("name: 2024-13-45\n", "job.yaml: not YAML: month must be in 1..12"),
+        ("name: 0x_\n", "job.yaml: not YAML: invalid literal for int() with base 16: ''"),
+        (
+            "a: " + "[" * 3000,
+            "job.yaml: not YAML: nested too deeply, or an alias stands within its own anchor",
+        ),
+        (
+            "",
+            "job.yaml: a job file is a mapping of keys such as `name:` and `model:`; this is an empty file",
+        ),
+        (
+            "# nothing\n",
+            "job.yaml: a job file is a mapping of keys such as `name:` and `model:`; this is an empty file",
+        ),
+        ("[a]", "job.yaml: a job file is a mapping of keys such as `name:` and `model:`; this is a list"),
+        ("just text", "job.yaml: a job file is a mapping of keys such as `name:` and `model:`; this is a str"),
+    ],
+)
+def test_what_is_no_job_file(job_file, text, message):
+    assert refusal_of(job_file, text) == [message]
+
+
+def test_python_objects_are_not_made(job_file, tmp_path):
+    made = tmp_path / "made"
+    (message,) = refusal_of(job_file, f"name: !!python/object/apply:os.mkdir ['{made}']\n")
+    assert message.startswith("job.yaml:1:7: not YAML: could not determine a constructor for the tag")
+    assert not made.exists()
+
+
+def test_an_alias_within_its_own_anchor(job_file):
+    assert refusal_of(job_file, JOB + "zzz: &a {b: *a}\n") == [f"job.yaml:8: unknown key 'zzz'; known here: {TOP}"]
+    assert refusal_of(job_file, JOB + "train: &a {seed: [*a]}\n") == [
+        "job.yaml:8: train.seed: must be a whole number, not [{'seed': [...]}]"
+    ]
+
+
+def test_aliases_that_multiply_cost_nothing(job_file):
+    """Ten levels of ten aliases each stand for 10^10 entries."""
+    levels = ["l0: &l0 [x, x, x, x, x, x, x, x, x, x]"]
+    levels += [f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 10)}]" for n in range(1, 11)]
+    job_file.write_text("\n".join(levels))
+    assert len(read_document(job_file).places) == 11 + 110
+
+
+def test_missing_file_folder_and_binary(tmp_path):
+    def message(path: Path) -> str:
+        with pytest.raises(RequestError) as refused:
+            read_job(path)
+        (text,) = refused.value.messages
+        return text
+
+    assert message(tmp_path / "nope.yaml") == f"{tmp_path}/nope.yaml: no such job file"
+    assert message(tmp_path) == f"{tmp_path}: is a folder; give the job's YAML file"
+    binary = tmp_path / "b.yaml"
+    binary.write_bytes(b"name: \xff\n")
+    assert message(binary).startswith(f"{binary}: cannot be read as text: 'utf-8' codec can't decode byte 0xff")
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+TOP = "name, output_dir, resume, overwrite, model, method, data, stage, train"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("epochs: 1", f"unknown key 'epochs'; known here: {TOP}"),
+        ("modle: 1", "unknown key 'modle'; did you mean 'model'?"),
+        ("train: {epoch: 1}", "unknown key 'train.epoch'; did you mean 'epochs'?"),
+        ("method: {rnk: 8}", "unknown key 'method.rnk'; did you mean 'rank'?"),
+        ("method: {type: lora, rnk: 8}", "unknown key 'method.rnk'; did you mean 'rank'?"),
+        ("method: {type: full, rank: 8}", "unknown key 'method.rank'; known here: type"),
+        ("method: {lora: {rank: 8}}", "unknown key 'method.lora'; known here: type, rank, alpha, dropout, target"),
+        ("method: {rank: 0}", "method.rank: must be at least 1, not 0"),
+        ("method: {type: dora}", "method.type: unknown 'dora'; did you mean 'lora'?"),
+        ("method: {type: qqq}", "method.type: unknown 'qqq'; known here: lora, full"),
+        ("method: {type: 3}", "method.type: unknown '3'; known here: lora, full"),
+        ("method: lora", "method: must be a mapping of keys, not 'lora'"),
+        ("method: ", "method: must be a mapping of keys, not None"),
+        (
+            "method: {target: al}",
+            "method.target: unknown 'al'; did you mean 'all'? (one of all); else it must be a list",
+        ),
+        ("method: {target: q_proj}", "method.target: unknown 'q_proj'; known here: all; else it must be a list"),
+        ("method: {target: [q, 1]}", "method.target[1]: must be text, not 1"),
+        ("method: {dropout: 1}", "method.dropout: must be below 1, not 1"),
+        ("method: {dropout: -0.5}", "method.dropout: must be at least 0, not -0.5"),
+        ("method: {alpha: 0}", "method.alpha: must be above 0, not 0"),
+        ("method: {rank: 5000}", "method.rank: must be at most 4096, not 5000"),
+        ("stage: {type: dpo}", "stage.type: unknown 'dpo'; known here: sft"),
+        ("stage: sft", "stage: must be a mapping of keys, not 'sft'"),
+        (
+            "train: {scheduler: cosin}",
+            "train.scheduler: unknown 'cosin'; did you mean 'cosine'? (one of cosine, linear, constant)",
+        ),
+        ("train: {scheduler: 3}", "train.scheduler: unknown 3; known here: cosine, linear, constant"),
+        ("train: {epochs: 1.5}", "train.epochs: must be a whole number, not 1.5"),
+        ("train: {epochs: many}", "train.epochs: must be a whole number, not 'many'"),
+        ("train: {epochs: [1]}", "train.epochs: must be a whole number, not [1]"),
+        ("train: {epochs: }", "train.epochs: must be a whole number, not None"),
+        ("train: {epochs: 0}", "train.epochs: must be at least 1, not 0"),
+        ("train: {learning_rate: fast}", "train.learning_rate: must be a number, not 'fast'"),
+        ("train: {learning_rate: [1]}", "train.learning_rate: must be a number, not [1]"),
+        ("train: {learning_rate: 0}", "train.learning_rate: must be above 0, not 0"),
+        ("train: {learning_rate: .inf}", "train.learning_rate: must be a finite number, not inf"),
+        ("train: {learning_rate: .nan}", "train.learning_rate: must be a finite number, not nan"),
+        (
+            "train: {activation_checkpointing: maybe}",
+            "train.activation_checkpointing: must be true or false, not 'maybe'",
+        ),
+        ("train: {activation_checkpointing: 3}", "train.activation_checkpointing: must be true or false, not 3"),
+        ("resume: []", "resume: must be true or false, not []"),
+        ("train: {wait_for_resources: 1e6}", "train.wait_for_resources: must be at most 86400, not 1000000.0"),
+        ("train: {precision: fp16, device: cpu}", "train: precision fp16 needs a GPU; on CPU use bf16, fp32 or auto"),
+        ("train: 3", "train: must be a mapping of keys, not 3"),
+        ("output_dir: ''", "output_dir: must not be empty, not ''"),
+        ("output_dir: [a]", "output_dir: must be text, not ['a']"),
+    ],
+)
+def test_a_fault_is_told_with_file_line_key_and_remedy(job_file, line, message):
+    assert refusal_of(job_file, JOB + line + "\n") == [f"job.yaml:8: {message}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a/b", "'a/b' must start with a letter or digit and hold only letters, digits, '.', '-' and '_'"),
+        ("..", "'..' must start with a letter or digit and hold only letters, digits, '.', '-' and '_'"),
+        ('"a\\n"', "'a\\n' must start with a letter or digit and hold only letters, digits, '.', '-' and '_'"),
+        ("''", "must not be empty, not ''"),
+        ("7", "must be text, not 7"),
+        ("x" * 101, f"must be shorter, not '{'x' * 101}'"),
+    ],
+)
+def test_names_that_are_no_folder(job_file, name, message):
+    assert refusal_of(job_file, JOB.replace("name: a", f"name: {name}")) == [f"job.yaml:1: name: {message}"]
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        ("[]", "data.train: must not be empty, not []"),
+        ("x.jsonl", "data.train: must be a list, not 'x.jsonl'"),
+        ("[{}]", "data.train[0].path is missing"),
+        ("[3]", "data.train[0]: must be a mapping of keys, not 3"),
+        ("[{path: ''}]", "data.train[0].path: must not be empty, not ''"),
+        ("[{path: x, weight: 0}]", "data.train[0].weight: must be above 0, not 0"),
+        ("[{path: x, weight: -1}]", "data.train[0].weight: must be above 0, not -1"),
+        ("[{path: x, weight: .inf}]", "data.train[0].weight: must be a finite number, not inf"),
+        ("[{path: x, format: csv}]", "data.train[0].format: unknown 'csv'; known here: auto, alpaca, sharegpt, openai"),
+        ("[{path: x, formt: auto}]", "unknown key 'data.train[0].formt'; did you mean 'format'?"),
+        ("[a/x.jsonl, b/x.json]", "data.train: two data sets are named 'x'; give one of them another `name`"),
+    ],
+)
+def test_faults_of_data_sets(job_file, sets, message):
+    text = f"name: a\nmodel: {{path: m}}\ndata:\n  mix: interleave_once\n  train: {sets}\n"
+    assert refusal_of(job_file, text) == [f"job.yaml:5: {message}"]
+
+
+def test_weights_under_concat_are_refused(job_file):
+    assert refusal(job_file, "data.train[0].weight=1") == [
+        "job.yaml:4: data: `mix: concat` takes every row once, so a `weight` says nothing; "
+        "leave the weights out or choose interleave_under, interleave_over or interleave_once"
+    ]
+
+
+def test_every_fault_has_one_message(job_file):
+    text = JOB.replace("path: m", "pth: m") + "train: {epochs: 0, seed: x}\nzzz: 1\n"
+    assert refusal_of(job_file, text) == [
+        "job.yaml:2: model.path is missing",
+        "job.yaml:3: unknown key 'model.pth'; did you mean 'path'?",
+        "job.yaml:8: train.epochs: must be at least 1, not 0",
+        "job.yaml:8: train.seed: must be a whole number, not 'x'",
+        f"job.yaml:9: unknown key 'zzz'; known here: {TOP}",
+    ]
+
+
+def test_missing_parts(job_file):
+    assert refusal_of(job_file, "output_dir: x\n") == [
+        "job.yaml: name is missing",
+        "job.yaml: model is missing",
+        "job.yaml: data is missing",
+    ]
+
+
+# --- overrides ------------------------------------------------------------------------------------------------------
+
+
+def test_overrides_replace_create_and_reach_into_lists(job_file):
+    job = read_job(
+        job_file,
+        [
+            "name=b",
+            "train.learning_rate=1e-4",
+            "train.epochs=3",
+            "method.type=full",
+            "data.mix=interleave_over",
+            "data.train[0].weight=0.25",
+            "data.train[1].weight=2",  # written as a plain path
+            "data.train.1.name=second",
+            "data.template=null",
+            "data.template=t.jinja",
+        ],
+    )
+    assert (job.name, job.train.learning_rate, job.train.epochs, job.method.type) == ("b", 1e-4, 3, "full")
+    assert [(item.path, item.name, item.weight) for item in job.data.train] == [
+        ("x.jsonl", "x", 0.25),
+        ("y.jsonl", "second", 2.0),
+    ]
+    assert job.data.template == "t.jinja"
+
+
+def test_an_override_may_replace_an_entry_or_all_of_a_list(job_file):
+    assert [s.path for s in read_job(job_file, ["data.train[1]=z.json"]).data.train] == ["x.jsonl", "z.json"]
+    assert [s.path for s in read_job(job_file, ["data.train=[{path: p.json}]"]).data.train] == ["p.json"]
+    assert [s.path for s in read_job(job_file, ["data={train: [q.json]}"]).data.train] == ["q.json"]
+
+
+def test_the_value_of_an_override_may_hold_equal_signs(job_file):
+    assert read_job(job_file, ["model.path=a=b=c"]).model.path == "a=b=c"
+
+
+def test_later_overrides_win(job_file):
+    assert read_job(job_file, ["train.seed=1", "train.seed=2"]).train.seed == 2
+    assert read_job(job_file, ["train={seed: 1}", "train.seed=2"]).train.seed == 2
+    assert read_job(job_file, ["train.seed=1", "train={epochs: 2}"]).train.seed == 42
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("zzz=1", f"override of 'zzz': the job has no key 'zzz'; known here: {TOP}"),
+        ("train.sed=1", "override of 'train.sed': train has no key 'sed'; did you mean 'seed'?"),
+        (
+            "data.train[0].weigth=1",
+            "override of 'data.train[0].weigth': data.train.0 has no key 'weigth'; did you mean 'weight'?",
+        ),
+        ("model.path.x=1", "override of 'model.path.x': model.path has no key 'x'"),
+        (
+            "data.train[2]=z.json",
+            "override 'data.train[2]=z.json': there is no entry 2; the job file has 2, counted from 0 "
+            "(to replace the list, give all of it: data.train='[{path: a.jsonl}, {path: b.jsonl}]')",
+        ),
+        (
+            "data.train[7].weight=1",
+            "override 'data.train[7].weight=1': there is no entry 7; the job file has 2, counted from 0 "
+            "(to replace the list, give all of it: data.train='[{path: a.jsonl}, {path: b.jsonl}]')",
+        ),
+        ("data.train.weight=1", "override 'data.train.weight=1': data.train is not a mapping in the job file"),
+        ("name=[1", "override 'name=[1': the value '[1' is not YAML"),
+        ("name=2024-13-45", "override 'name=2024-13-45': the value '2024-13-45' is not YAML"),
+        ("train.epochs=x", "override 'train.epochs=x': train.epochs: must be a whole number, not 'x'"),
+        ("train={epochs: 0}", "override 'train={epochs: 0}': train.epochs: must be at least 1, not 0"),
+        ("name=1e5", "override 'name=1e5': name: must be text, not 100000.0"),
+    ],
+)
+def test_overrides_that_are_refused(job_file, override, message):
+    assert refusal(job_file, override) == [message]
+
+
+@pytest.mark.parametrize(
+    "override", ["x", "=3", ".=3", "[]=3", "train.=3", ".train=3", "train..seed=3", "data.train[x]=3", "train[seed]=3",
+                 "data.train[0=3", "data.train]=3", "data.train[-1]=3", "[0]=3"]
+)  # fmt: skip
+def test_overrides_that_are_no_key_and_value(job_file, override):
+    assert refusal(job_file, override) == [
+        f"override {override!r}: write it as key=value, for example train.epochs=3 or data.train[0].weight=0.5"
+    ]
+
+
+def test_an_override_into_what_is_no_mapping(job_file):
+    job_file.write_text("name: a\nmodel: m\ndata: d\n")
+    assert refusal(job_file, "model.path=x") == ["override 'model.path=x': model is not a mapping in the job file"]
+    assert refusal(job_file, "data.train[0].weight=1") == [
+        "override 'data.train[0].weight=1': data is not a mapping in the job file"
+    ]
+
+
+def test_an_override_of_a_part_forgets_the_lines_within(job_file):
+    assert refusal(job_file, "data.train=[{path: x, weigth: 1}]") == [
+        "override 'data.train=[{path: x, weigth: 1}]': unknown key 'data.train[0].weigth'; did you mean 'weight'?"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("3", 3), ("1e-4", 1e-4), ("-1.5E3", -1500.0), (".5", 0.5), ("1.", 1.0), ("true", True), ("null", None),
+     ("", None), ("'3'", "3"), ("1e", "1e"), ("e5", "e5"), ("1.2.3", "1.2.3"), ("[1, a]", [1, "a"]),
+     ("{a: 1e3}", {"a": 1000.0})],
+)  # fmt: skip
+def test_values_of_overrides(text, value):
+    assert parse_value(text) == value
+    assert type(parse_value(text)) is type(value)
+
+
+def test_not_a_number_is_read_as_a_number():
+    assert math.isnan(parse_value(".nan"))
+
+
+# --- back to YAML ---------------------------------------------------------------------------------------------------
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20) | st.sampled_from(
+    [
+        "1e5",
+        "1e-5",
+        ".5",
+        "12:30",
+        "null",
+        "~",
+        "true",
+        "no",
+        "0x1",
+        "1_000",
+        "2024-01-01",
+        "=",
+        "<<",
+        "- a",
+        "#",
+        " a ",
+    ]
+)
+POSITIVE = st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_nan=False)
+COUNT = st.integers(1, 10**20)
+
+
+@st.composite
+def jobs(draw: st.DrawFn) -> JobConfig:
+    mix = draw(st.sampled_from(["concat", "interleave_under", "interleave_over", "interleave_once"]))
+    weight = st.none() if mix == "concat" else st.none() | POSITIVE
+    names = draw(st.lists(TEXT, min_size=1, max_size=3, unique=True))
+    share = st.floats(0, 1, exclude_max=True)
+    device = draw(st.sampled_from(["auto", "cpu", "gpu"]))
+    lora = {
+        "rank": st.integers(1, 4096),
+        "alpha": st.none() | POSITIVE,
+        "dropout": share,
+        "target": st.just("all") | st.lists(TEXT, max_size=3),
+    }
+    train = {
+        "workers": COUNT,
+        "device": st.just(device),
+        "cpus_per_worker": POSITIVE,
+        "learning_rate": POSITIVE,
+        "warmup": share,
+        "max_steps": st.none() | COUNT,
+        "seed": st.integers(0, 2**70),
+        "precision": st.sampled_from(["auto", "bf16", "fp32"] + ["fp16"] * (device != "cpu")),
+    }
+    fields: dict[str, Any] = {
+        "name": draw(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,9}", fullmatch=True) | st.sampled_from(["1e5", "0"])),
+        "output_dir": draw(TEXT),
+        "resume": draw(st.booleans()),
+        "model": {"path": draw(TEXT)},
+        "method": draw(st.fixed_dictionaries({}, optional=lora) | st.just({"type": "full"})),
+        "data": {
+            "mix": mix,
+            "train": [{"path": draw(TEXT), "name": name, "weight": draw(weight)} for name in names],
+            "template": draw(TEXT),
+            "packing": draw(st.booleans()),
+        },
+        "train": draw(st.fixed_dictionaries({}, optional=train)),
+    }
+    return JobConfig.model_validate(fields)
+
+
+@given(job=jobs())
+def test_a_dumped_job_reads_as_the_same_job(job, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "dumped.yaml"
+    path.write_text(dump_job(job), encoding="utf-8")
+    assert read_job(path) == job
+
+
+def test_a_dumped_job_says_every_value(job_file):
+    document = read_document(job_file)
+    dumped = parse_value(dump_job(read_job(job_file)))
+    assert dumped["data"]["train"][1] == {"path": "y.jsonl", "format": "auto", "weight": None, "name": "y"}
+    for part, field in (("train", "train"), ("data", "data")):
+        assert set(dumped[part]) == set(type(getattr(read_job(job_file), field)).model_fields)
+    assert set(dumped) == set(JobConfig.model_fields)
+    assert list(document.data) == ["name", "model", "data"]  # the dump did not come from what was written
+
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(TEXT.filter(lambda key: key != "<<"), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(data=st.dictionaries(TEXT, PLAIN, max_size=4))
+@example(data={"a": "1e5", "1e5": 1.0, "b": -0.0, "c": float("inf")})
+def test_any_plain_data_survives_yaml(data):
+    assert parse_value(dump_document(data)) == data
+
+
+# --- the models -----------------------------------------------------------------------------------------------------
+
+
+def test_every_key_is_explained():
+    schema = JobConfig.model_json_schema()
+    definitions = schema["$defs"]
+    keys = 0
+    for part in [schema, *definitions.values()]:
+        assert part.get("description", "").endswith("."), part["title"]
+        for name, field in part["properties"].items():
+            own = field.get("description")
+            of_its_part = definitions[field["$ref"].rpartition("/")[2]]["description"] if "$ref" in field else None
+            assert (own or of_its_part or "").strip(), f"{part['title']}.{name} has no docstring"
+            keys += 1
+    assert keys >= 40
+
+
+def test_a_job_cannot_be_changed(job_file):
+    job = read_job(job_file)
+    with pytest.raises(ValueError, match="frozen"):
+        job.name = "b"
+
+
+def test_the_run_directory_is_absolute(job_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert read_job(job_file).run_dir == tmp_path / "runs" / "a"
+    assert read_job(job_file, ["output_dir=~/out"]).run_dir == Path("/home/me/out/a")

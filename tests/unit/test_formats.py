@@ -1,0 +1,221 @@
+"""Raw rows and the one standard form: what each format means, and what is refused in which words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rayloom.data.example import Example, Message
+from rayloom.data.formats import FORMATS, detect_format, from_alpaca, from_openai, from_sharegpt, telling_columns
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+
+
+def conversation(*turns: tuple[str, str]) -> Example:
+    return Example(tuple(Message(role, text) for role, text in turns))
+
+
+@st.composite
+def examples(draw: st.DrawFn) -> Example:
+    system = draw(st.lists(st.tuples(st.just("system"), TEXT.filter(bool)), max_size=1))
+    turns = draw(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4))
+    pairs = [turn for question, answer in turns for turn in (("user", question), ("assistant", answer))]
+    return conversation(*system, *pairs)
+
+
+def test_every_format_in_full():
+    expected = conversation(
+        ("system", "Be brief."), ("user", "Hi"), ("assistant", "Yes?"), ("user", "Add\n1 2"), ("assistant", "3")
+    )
+    assert expected == from_alpaca(
+        {
+            "system": "Be brief.",
+            "history": [["Hi", "Yes?"]],
+            "instruction": "Add",
+            "input": "1 2",
+            "output": "3",
+            "id": 7,
+        }
+    )
+    turns = [("human", "Hi"), ("gpt", "Yes?"), ("human", "Add\n1 2"), ("gpt", "3")]
+    listed = [{"from": role, "value": text} for role, text in turns]
+    assert expected == from_sharegpt({"conversations": [{"from": "system", "value": "Be brief."}, *listed]})
+    assert expected == from_sharegpt({"conversations": listed, "system": "Be brief."})
+    assert expected == from_openai({"messages": expected.as_dicts()})
+    assert expected == from_openai({"messages": expected.as_dicts()[1:], "system": "Be brief."})
+
+
+@pytest.mark.parametrize(
+    "left_out", [{}, {"input": ""}, {"input": None}, {"system": ""}, {"system": None}, {"history": []}]
+)
+def test_alpaca_columns_that_may_be_empty(left_out):
+    row = {"instruction": "Q", "output": "A", **left_out}
+    assert from_alpaca(row) == conversation(("user", "Q"), ("assistant", "A"))
+
+
+@given(example=examples())
+def test_all_formats_say_the_same(example):
+    dicts = example.as_dicts()
+    assert from_openai({"messages": dicts}) == example
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    assert example == from_sharegpt(
+        {"conversations": [{"from": names[item["role"]], "value": item["content"]} for item in dicts]}
+    )
+    system = [item["content"] for item in dicts if item["role"] == "system"]
+    texts = [item["content"] for item in dicts if item["role"] != "system"]
+    assert example == from_alpaca(
+        {
+            "system": system[0] if system else None,
+            "history": [list(pair) for pair in zip(texts[:-2:2], texts[1:-2:2], strict=True)],
+            "instruction": texts[-2],
+            "output": texts[-1],
+        }
+    )
+
+
+@given(roles=st.lists(st.sampled_from(["system", "user", "assistant"]), min_size=1, max_size=6))
+def test_the_order_of_roles(roles):
+    """Accepted are exactly: at most one system turn, first; then user and assistant in pairs, at least one pair."""
+    turns = roles[1:] if roles[0] == "system" else roles
+    right = len(turns) > 0 and turns == ["user", "assistant"] * (len(turns) // 2)
+    row = {"messages": [{"role": role, "content": "x"} for role in roles]}
+    if right:
+        assert [message.role for message in from_openai(row).messages] == roles
+    else:
+        with pytest.raises(ValueError, match=r"wrong order of roles|ends without an assistant's answer"):
+            from_openai(row)
+
+
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(0, 2)
+    | st.text(max_size=2)
+    | st.sampled_from(["user", "human", "gpt", "\ud800"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "from", "value"]), inner, max_size=2)
+    ),
+    max_leaves=6,
+)
+COLUMNS = ["instruction", "input", "output", "system", "history", "conversations", "messages", "other"]
+
+
+@given(row=st.dictionaries(st.sampled_from(COLUMNS), ANYTHING, max_size=5), name=st.sampled_from(sorted(FORMATS)))
+def test_whatever_a_row_holds_it_is_an_example_or_a_value_error(row, name):
+    try:
+        example = FORMATS[name](row)
+    except ValueError:
+        return
+    assert example.messages[-1].role == "assistant"
+    assert all(isinstance(message.content, str) for message in example.messages)
+
+
+ORDER = "(user and assistant take turns, the user first)"
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("alpaca", {"output": "A"}, "has no column 'instruction'; its columns are 'output'"),
+        ("alpaca", {"instruction": "Q", "text": "A"}, "has no column 'output'; its columns are 'instruction', 'text'"),
+        ("alpaca", {}, "has no column 'instruction'; its columns are none"),
+        ("alpaca", {"instruction": 3, "output": "A"}, "column 'instruction' must be text, not 3"),
+        ("alpaca", {"instruction": "Q", "output": None}, "column 'output' must be text, not None"),
+        ("alpaca", {"instruction": "Q", "output": "A", "input": ["x"]}, "column 'input' must be text, not ['x']"),
+        ("alpaca", {"instruction": "Q", "output": "A", "system": 1}, "column 'system' must be text, not 1"),
+        ("alpaca", {"instruction": ["x" * 99], "output": "A"}, f"column 'instruction' must be text, not ['{'x' * 58}"),
+        (
+            "alpaca",
+            {"instruction": "Q", "output": "A", "history": 3},
+            "column 'history' must be a list of pairs, not 3",
+        ),
+        (
+            "alpaca",
+            {"instruction": "Q", "output": "A", "history": [["q", "a"], ["q"]]},
+            "column 'history': entry 2 is not a pair of question and answer",
+        ),
+        (
+            "alpaca",
+            {"instruction": "Q", "output": "A", "history": [["q", None]]},
+            "column 'history': entry 1 is not a pair of question and answer",
+        ),
+        ("sharegpt", {"messages": []}, "has no column 'conversations'; its columns are 'messages'"),
+        ("sharegpt", {"conversations": []}, "column 'conversations' must be a list of turns with at least one turn"),
+        ("openai", {"messages": "Hi"}, "column 'messages' must be a list of turns with at least one turn"),
+        ("openai", {"messages": None}, "column 'messages' must be a list of turns with at least one turn"),
+        ("openai", {"messages": ["Hi"]}, "column 'messages': turn 1 must have 'role' and 'content'"),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt"}]},
+            "column 'conversations': turn 2 must have 'from' and 'value'",
+        ),
+        (
+            "openai",
+            {"messages": [{"role": "human", "content": "Q"}]},
+            "column 'messages': turn 1 has the role 'human'; known are user, assistant, system",
+        ),
+        (
+            "openai",
+            {"messages": [{"role": ["user"], "content": "Q"}]},
+            "column 'messages': turn 1 has the role ['user']; known are user, assistant, system",
+        ),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "user", "value": "Q"}]},
+            "column 'conversations': turn 1 has the role 'user'; known are human, gpt, system",
+        ),
+        (
+            "openai",
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "column 'messages': turn 1: 'content' must be text",
+        ),
+        (
+            "openai",
+            {"messages": [{"role": "assistant", "content": "A"}]},
+            f"wrong order of roles: turn 1 is from the assistant where the user is due {ORDER}",
+        ),
+        (
+            "openai",
+            {"messages": [{"role": "user", "content": "Q"}, {"role": "user", "content": "Q"}]},
+            f"wrong order of roles: turn 2 is from the user where the assistant is due {ORDER}",
+        ),
+        (
+            "openai",
+            {"messages": [{"role": "user", "content": "Q"}, {"role": "system", "content": "S"}]},
+            f"wrong order of roles: turn 2 is from the system where the assistant is due {ORDER}",
+        ),
+        (
+            "openai",
+            {"messages": [{"role": "user", "content": "Q"}]},
+            "ends without an assistant's answer, so there is nothing to learn",
+        ),
+        (
+            "openai",
+            {"messages": [{"role": "system", "content": "S"}]},
+            "ends without an assistant's answer, so there is nothing to learn",
+        ),
+        (
+            "openai",
+            {"messages": [{"role": "user", "content": "a\ud800"}, {"role": "assistant", "content": "A"}]},
+            "a turn of the user is no text: 'utf-8' codec can't encode character '\\ud800' in position 1: "
+            "surrogates not allowed",
+        ),
+    ],
+)
+def test_what_is_refused(name: str, row: dict[str, Any], message: str):
+    with pytest.raises(ValueError) as refused:  # noqa: PT011 (the whole message is compared)
+        FORMATS[name](row)
+    assert str(refused.value) == message
+
+
+def test_formats_are_told_by_their_columns():
+    assert detect_format({"instruction": "Q", "output": "A"}) == "alpaca"
+    assert detect_format({"id": 1, "conversations": []}) == "sharegpt"
+    assert detect_format({"messages": []}) == "openai"
+    assert detect_format({"text": "x"}) is None
+    assert detect_format({}) is None
+    assert telling_columns() == "'instruction' (alpaca), 'conversations' (sharegpt), 'messages' (openai)"

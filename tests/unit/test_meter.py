@@ -1,0 +1,159 @@
+"""What has been trained on: counted from the rows, summed over the ranks, kept in checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rayloom.data.plan import Position
+from rayloom.data.rows import SCHEMA
+from rayloom.train.meter import BatchCount, StepCount, StreamMeter
+
+NOTHING = {"input_ids": [], "labels": [], "position_ids": [], "sets": [], "rows": [], "dropped": []}
+
+
+def token_rows(*rows: dict[str, Any]) -> pa.Table:
+    return pa.Table.from_pylist([{**NOTHING, **row} for row in rows], schema=SCHEMA)
+
+
+ROWS = (
+    {
+        "input_ids": [1, 2, 3, 4],
+        "labels": [1, 2, -100, 4],
+        "sets": [0, 1, 1],
+        "dropped": [1, 0, 2, 5],
+        "epoch": 0,
+        "segment": 3,
+        "row": 0,
+        "epochs_done": 0.25,
+    },
+    {"input_ids": [5, 6], "labels": [-100, 6], "sets": [1], "epoch": 0, "segment": 3, "row": 1, "epochs_done": 0.5},
+)
+
+
+def count_of(*rows: dict[str, Any], sets: int = 2) -> BatchCount:
+    count = BatchCount(sets)
+    count.add(token_rows(*rows))
+    return count
+
+
+def test_a_batch_is_counted():
+    step = count_of(*ROWS).share(torch.device("cpu"), stop=False)
+    assert step.tokens == 6
+    assert step.trained_tokens == 3  # labels 2, 4 and 6: the first token of a row is predicted by nothing
+    assert step.batches == 1
+    assert not step.stop
+    assert step.position == Position(0, 3, 2)  # the row behind the last one that was taken
+    assert step.epochs_done == 0.5
+    meter = StreamMeter.start(2)
+    step.add_to(meter)
+    assert meter == StreamMeter(Position(0, 3, 2), [1, 3], [1, 0, 2, 5], 6, 3, 0.5)
+
+
+def test_the_labels_of_a_slice_are_its_own():
+    """Arrow slices share their buffers: the rows before must not be counted."""
+    count = BatchCount(2)
+    count.add(token_rows(*ROWS).slice(1))
+    assert count.share(torch.device("cpu"), stop=False).trained_tokens == 1
+
+
+def test_batches_of_a_step_add_up():
+    together, apart = count_of(*ROWS), BatchCount(2)
+    for row in ROWS:
+        apart.add(token_rows(row))
+    device = torch.device("cpu")
+    one, other = together.share(device, stop=False), apart.share(device, stop=False)
+    assert (one.batches, other.batches) == (1, 2)
+    assert (one.position, one.epochs_done) == (other.position, other.epochs_done)
+    assert [n for i, n in enumerate(one.numbers) if i != 3] == [n for i, n in enumerate(other.numbers) if i != 3]
+
+
+def test_an_empty_batch_counts_as_a_batch():
+    """A rank whose share of the last global batch is empty still takes part."""
+    count = BatchCount(1)
+    count.add(SCHEMA.empty_table())
+    step = count.share(torch.device("cpu"), stop=False)
+    assert (step.batches, step.tokens, step.trained_tokens, step.position) == (1, 0, 0, Position())
+
+
+def test_a_segment_of_which_nothing_is_left_moves_the_position():
+    step = count_of({"dropped": [4, 0], "epoch": 1, "segment": 2, "row": 0, "epochs_done": 1.5}, sets=1).share(
+        torch.device("cpu"), stop=False
+    )
+    assert (step.tokens, step.position, step.epochs_done) == (0, Position(1, 2, 1), 1.5)
+    meter = StreamMeter.start(1)
+    step.add_to(meter)
+    assert (meter.examples, meter.dropped) == ([0], [4, 0])
+
+
+@pytest.mark.parametrize("stopper", [None, 0, 1, 2])
+def test_ranks_are_summed_and_the_furthest_position_counts(monkeypatch, stopper):
+    """Three ranks, with the collective call played by this process."""
+    counts = [
+        count_of(ROWS[1]),
+        count_of(
+            {"input_ids": [1], "labels": [1], "sets": [0], "epoch": 1, "segment": 0, "row": 0, "epochs_done": 1.1}
+        ),
+        BatchCount(2),  # its stream has ended
+    ]
+    sent = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "all_gather", lambda everyone, mine: sent.append(mine))
+    for rank, count in enumerate(counts):
+        count.share(torch.device("cpu"), stop=rank == stopper)
+
+    def gather(everyone: list[torch.Tensor], mine: torch.Tensor) -> None:
+        for target, tensor in zip(everyone, sent, strict=True):
+            target.copy_(tensor)
+
+    monkeypatch.setattr(torch.distributed, "all_gather", gather)
+    steps = [count.share(torch.device("cpu"), stop=rank == stopper) for rank, count in enumerate(counts)]
+    assert steps[0] == steps[1] == steps[2]
+    assert (steps[0].tokens, steps[0].trained_tokens, steps[0].batches) == (3, 1, 2)
+    assert (steps[0].position, steps[0].epochs_done) == (Position(1, 0, 1), 1.1)
+    assert steps[0].stop == (stopper is not None)
+
+
+def test_large_counts_stay_exact():
+    """Counts travel as float64, exact up to 2^53 in one step."""
+    count = BatchCount(1)
+    count.numbers[0] = 2**53
+    assert count.share(torch.device("cpu"), stop=False).tokens == 2**53
+
+
+COUNTS = st.integers(0, 10**15)
+
+
+@given(
+    position=st.builds(Position, COUNTS, COUNTS, COUNTS),
+    counts=st.lists(COUNTS, min_size=1, max_size=4),
+    tokens=COUNTS,
+    epochs_done=st.floats(0, 1e6),
+    step=COUNTS,
+)
+def test_a_checkpoint_brings_the_meter_back(position, counts, tokens, epochs_done, step, tmp_path_factory):
+    folder = Path(tmp_path_factory.getbasetemp())
+    meter = StreamMeter(position, counts, [*counts, *counts], tokens, tokens // 2, epochs_done)
+    meter.save(folder, step)
+    assert StreamMeter.load(folder) == (meter, step)
+
+
+def test_a_meter_starts_at_the_beginning():
+    assert StreamMeter.start(2) == StreamMeter(Position(), [0, 0], [0, 0, 0, 0], 0, 0, 0.0)
+
+
+def test_steps_add_up_over_a_resume(tmp_path):
+    step = StepCount(Position(0, 1, 0), 0.5, [10, 4, 0, 2, 3, 1, 0], sets=1)
+    meter = StreamMeter.start(1)
+    step.add_to(meter)
+    meter.save(tmp_path, 1)
+    resumed, _ = StreamMeter.load(tmp_path)
+    StepCount(Position(0, 2, 0), 1.0, [10, 4, 0, 2, 3, 1, 0], sets=1).add_to(resumed)
+    assert resumed == StreamMeter(Position(0, 2, 0), [6], [2, 0], 20, 8, 1.0)

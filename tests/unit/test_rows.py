@@ -1,0 +1,147 @@
+"""Token rows as tables, and batches as arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rayloom.data.files import Chunk
+from rayloom.data.mixture import Mixture
+from rayloom.data.plan import IndexedSet, Plan
+from rayloom.data.rows import IGNORED, SCHEMA, Encoded, collate, segment_table
+
+PAD = 7
+
+
+@pytest.fixture
+def plan() -> Plan:
+    """Ten rows in segments of four."""
+    return Plan((IndexedSet("a", "openai", (Chunk("a", 0, 1, 10, 0, 1),)),), Mixture((10,), (1.0,), "concat"), 0, 4, 2)
+
+
+def encoded(ids: list[int], set_index: int = 0, row: int = 0) -> Encoded:
+    """The first token of each is the prompt's."""
+    return Encoded(ids, [IGNORED, *ids[1:]], set_index, row)
+
+
+def rows(*lengths: int) -> pa.Table:
+    """A table of token rows of these lengths."""
+    blank: dict[str, Any] = {
+        "sets": [],
+        "rows": [],
+        "dropped": [],
+        "epoch": 0,
+        "segment": 0,
+        "row": 0,
+        "epochs_done": 0.0,
+    }
+    made = [
+        {
+            **blank,
+            "input_ids": [100 * number + i for i in range(length)],
+            "labels": [-100 * number - i for i in range(length)],
+            "position_ids": list(range(length)),
+        }
+        for number, length in enumerate(lengths, 1)
+    ]
+    return pa.Table.from_pylist(made, schema=SCHEMA)
+
+
+# --- segment_table --------------------------------------------------------------------------------------------------
+
+
+def test_packed_rows(plan):
+    examples = [encoded([1, 2, 3], 0, 5), encoded([4, 5, 6, 7, 8], 0, 2), encoded([9, 10], 0, 8)]
+    table = segment_table(plan, 1, 2, examples, [1, 0], capacity=5)
+    assert table.schema == SCHEMA
+    assert table.to_pylist() == [
+        {
+            "input_ids": [1, 2, 3, 9, 10],
+            "labels": [-100, 2, 3, -100, 10],
+            "position_ids": [0, 1, 2, 0, 1],
+            "sets": [0, 0],
+            "rows": [5, 8],
+            "dropped": [1, 0],
+            "epoch": 1,
+            "segment": 2,
+            "row": 0,
+            "epochs_done": pytest.approx(1.9),  # slots 8 to 10 of 10, the first half of them
+        },
+        {
+            "input_ids": [4, 5, 6, 7, 8],
+            "labels": [-100, 5, 6, 7, 8],
+            "position_ids": [0, 1, 2, 3, 4],
+            "sets": [0],
+            "rows": [2],
+            "dropped": [],
+            "epoch": 1,
+            "segment": 2,
+            "row": 1,
+            "epochs_done": 2.0,
+        },
+    ]
+
+
+def test_rows_without_packing_are_the_examples(plan):
+    examples = [encoded([1, 2], 0, 5), encoded([3], 0, 2), encoded([4, 5], 0, 8)]
+    table = segment_table(plan, 0, 0, examples, [0, 0], capacity=None)
+    assert table["input_ids"].to_pylist() == [[1, 2], [3], [4, 5]]
+    assert table["position_ids"].to_pylist() == [[0, 1], [0], [0, 1]]
+    assert table["row"].to_pylist() == [0, 1, 2]
+    assert table["epochs_done"].to_pylist() == pytest.approx([0.4 / 3, 0.8 / 3, 0.4])
+
+
+@pytest.mark.parametrize("capacity", [None, 8])
+def test_a_segment_of_which_nothing_is_left_is_one_empty_row(plan, capacity):
+    """It still says what was left out, and how far the stream has come."""
+    (row,) = segment_table(plan, 0, 1, [], [3, 1], capacity).to_pylist()
+    assert (row["input_ids"], row["labels"], row["position_ids"], row["sets"], row["rows"]) == ([], [], [], [], [])
+    assert (row["dropped"], row["row"], row["segment"], row["epochs_done"]) == ([3, 1], 0, 1, pytest.approx(0.8))
+
+
+# --- collate --------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_is_padded_on_the_right():
+    batch = collate(rows(2, 4), PAD)
+    assert {name: array.tolist() for name, array in batch.items()} == {
+        "input_ids": [[100, 101, PAD, PAD], [200, 201, 202, 203]],
+        "labels": [[-100, -101, IGNORED, IGNORED], [-200, -201, -202, -203]],
+        "position_ids": [[0, 1, 0, 1], [0, 1, 2, 3]],  # the padding is kept apart as another example would be
+    }
+
+
+@given(lengths=st.lists(st.integers(0, 6), max_size=5), start=st.integers(0, 3))
+def test_every_token_is_where_it_belongs(lengths, start):
+    whole = rows(9, 9, 9, *lengths)
+    table = pa.concat_tables([whole.slice(3, start), whole.slice(3 + start)])  # as blocks cut it, not at offset 0
+    batch = collate(table, PAD)
+    expected = table.to_pylist()
+    shape = (max(1, len(lengths)), max([2, *lengths]))
+    for name, filling in (("input_ids", PAD), ("labels", IGNORED)):
+        assert batch[name].dtype == np.int64
+        assert batch[name].shape == shape
+        padded = [row[name] + [filling] * (shape[1] - len(row[name])) for row in expected]
+        assert batch[name].tolist() == (padded or [[filling] * shape[1]])
+    positions = [row["position_ids"] for row in expected] or [[]]
+    assert batch["position_ids"].tolist() == [own + list(range(shape[1] - len(own))) for own in positions]
+
+
+def test_an_empty_batch_is_one_row_of_padding():
+    """A rank without rows must still take part in the step."""
+    for table in (SCHEMA.empty_table(), rows(0)):
+        batch = collate(table, PAD)
+        assert batch["input_ids"].tolist() == [[PAD, PAD]]
+        assert batch["labels"].tolist() == [[IGNORED, IGNORED]]
+        assert batch["position_ids"].tolist() == [[0, 1]]
+
+
+def test_packed_positions_stay():
+    positions = pa.array([[0, 1, 0, 1, 2]], SCHEMA.field("position_ids").type)
+    table = rows(5).set_column(2, SCHEMA.field("position_ids"), positions)
+    assert collate(table, PAD)["position_ids"].tolist() == [[0, 1, 0, 1, 2]]
