@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 import click
 
@@ -12,28 +13,219 @@ from rayloom.errors import JobError, RequestError
 
 STARTED = time.time()
 
+JOB_FILE = click.argument("job_file", metavar="JOB.yaml", type=click.Path())
+OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+ADDRESS = click.option(
+    "--address",
+    metavar="URL",
+    help="The cluster's dashboard, such as http://HOST:8265. Default: RAY_API_SERVER_ADDRESS.",
+)
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="rayloom")
 def cli() -> None:
-    """Fine-tune language models on a Ray cluster: one YAML file is one job."""
+    """Fine-tune language models on a Ray cluster: one YAML file is one job.
+
+    Any key of the job file can be overridden on the command line.
+
+    \b
+    rayloom train jobs/demo.yaml                          run a job here
+    rayloom train jobs/demo.yaml train.epochs=2 name=two  the same, changed
+    rayloom data preview jobs/demo.yaml                   see what it would train on
+    rayloom submit jobs/demo.yaml --follow                run it on a cluster
+    """
 
 
 @cli.command()
-@click.argument("job_file", type=click.Path())
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@JOB_FILE
+@OVERRIDES
 @click.option("-v", "--verbose", is_flag=True, help="Show what Ray and the workers log.")
 def train(job_file: str, overrides: tuple[str, ...], verbose: bool) -> None:
-    """Run a job here: on the cluster that RAY_ADDRESS names, else on a private local Ray."""
+    """Run a job here: on the cluster that RAY_ADDRESS names, else on a private local Ray.
+
+    Ctrl-C or SIGTERM once stops it with a checkpoint; resume=true goes on from there.
+
+    \b
+    rayloom train jobs/demo.yaml train.learning_rate=1e-4 'data.train[0].weight=0.2'
+    rayloom train jobs/demo.yaml resume=true
+    """
     from rayloom.config.read import read_job
     from rayloom.train.driver import run_job
 
     result = run_job(read_job(job_file, overrides), started=STARTED, verbose=verbose)
-    kept = [override for override in overrides if not override.startswith(("overwrite=", "resume="))]
-    command = " ".join(["rayloom train", job_file, *kept])
     if result["status"] == "stopped":
-        raise JobError(f"stopped after step {result['steps']}, with a checkpoint; to go on: {command} resume=true")
+        kept = [override for override in overrides if not override.startswith(("overwrite=", "resume="))]
+        command = " ".join(["rayloom train", job_file, *kept, "resume=true"])
+        raise JobError(f"stopped after step {result['steps']}, with a checkpoint; to go on: {command}")
     click.echo(f"finished: {result['steps']} steps in {result['seconds']:.0f} s; the model is in {result['model_dir']}")
+
+
+@cli.command()
+@JOB_FILE
+@OVERRIDES
+@ADDRESS
+@click.option("--working-dir", metavar="DIR", help="What the job finds as its current directory. Default: this one.")
+@click.option("-f", "--follow", is_flag=True, help="Show the job's log until it ends, and end with its exit status.")
+def submit(
+    job_file: str, overrides: tuple[str, ...], address: str | None, working_dir: str | None, follow: bool
+) -> None:
+    """Run a job on a cluster, as a Ray job: the same as `train`, from a copy of the working directory.
+
+    \b
+    rayloom submit jobs/demo.yaml --address http://HOST:8265 --follow
+    """
+    from rayloom.jobs.client import connect
+    from rayloom.jobs.submit import submit as submit_job
+
+    client = connect(address)
+    submission = submit_job(client, job_file, overrides, working_dir=working_dir)
+    for note in submission.notes:
+        click.echo(f"note: {note}")
+    click.echo(f"submitted {submission.id} ({submission.package_bytes / 2**20:.1f} MiB)")
+    if follow:
+        _follow(client, submission.id)
+    else:
+        click.echo(f"see it with: rayloom jobs logs --follow {submission.id}")
+
+
+@cli.group()
+def jobs() -> None:
+    """See and stop the jobs of a cluster."""
+
+
+@jobs.command("list")
+@ADDRESS
+def list_(address: str | None) -> None:
+    """List the cluster's jobs, the newest last."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from rayloom.jobs.client import connect, list_jobs
+
+    table = Table("job", "status", "stage", "started", "run directory", box=None, pad_edge=False)
+    for job in list_jobs(connect(address)):
+        started = job.started.strftime("%Y-%m-%d %H:%M:%S") if job.started else "-"
+        table.add_row(job.id, job.status, job.stage or "-", started, job.run_dir or "-")
+    Console().print(table)
+
+
+@jobs.command()
+@click.argument("job_id")
+@ADDRESS
+def status(job_id: str, address: str | None) -> None:
+    """Say how a job is. Ends with status 1 when it failed."""
+    from rayloom.jobs.client import connect, job_status
+
+    job = job_status(connect(address), job_id)
+    click.echo(f"{job.id}  {job.status}")
+    for name, value in (("run directory", job.run_dir), ("command", job.entrypoint), ("message", job.message)):
+        if value:
+            click.echo(f"{name}: {value.strip()}")
+    if job.status == "FAILED":
+        sys.exit(1)
+
+
+@jobs.command()
+@click.argument("job_id")
+@click.option("-f", "--follow", is_flag=True, help="Go on until the job ends, and end with its exit status.")
+@ADDRESS
+def logs(job_id: str, follow: bool, address: str | None) -> None:
+    """Print what a job has written."""
+    from rayloom.jobs.client import connect, job_logs
+
+    client = connect(address)
+    if follow:
+        _follow(client, job_id)
+    else:
+        click.echo(job_logs(client, job_id), nl=False)
+
+
+@jobs.command()
+@click.argument("job_id")
+@click.option("--wait", default=660.0, show_default=True, metavar="SECONDS", help="How long to wait for its end.")
+@ADDRESS
+def stop(job_id: str, wait: float, address: str | None) -> None:
+    """Stop a job. It saves a checkpoint first; submit it again with resume=true to go on."""
+    from rayloom.jobs.client import connect, stop_job
+
+    job = stop_job(connect(address), job_id, wait=wait)
+    click.echo(f"{job.id}  {job.status}")
+
+
+@cli.group()
+def data() -> None:
+    """Look at a job's data."""
+
+
+@data.command("preview")
+@JOB_FILE
+@OVERRIDES
+@click.option(
+    "--rows", default=3, show_default=True, type=click.IntRange(min=0), help="Examples to show; 0: only tables."
+)
+def preview_(job_file: str, overrides: tuple[str, ...], rows: int) -> None:
+    """Show the first examples as the model will see them, trained tokens in colour, and length statistics."""
+    from rich.console import Console
+
+    from rayloom.config.read import read_job
+    from rayloom.stages.preview import preview
+
+    preview(read_job(job_file, overrides), rows, Console())
+
+
+@cli.command()
+@click.option("--job", "job_file", metavar="JOB.yaml", help="Also check what this job needs.")
+def doctor(job_file: str | None) -> None:
+    """Say what this machine can do: versions, CPUs, GPUs, bf16, optional packages, Ray, storage."""
+    from rich.console import Console
+
+    from rayloom.config.read import read_job
+    from rayloom.doctor.examine import examine, is_fit, show_findings
+
+    findings = examine(read_job(job_file) if job_file else None)
+    show_findings(findings, Console())
+    sys.exit(0 if is_fit(findings) else 1)
+
+
+@cli.command()
+@click.option("--key", help="Explain one key, or all keys of one part: train.deepspeed, method.")
+@click.option("--markdown", "as_markdown", is_flag=True, help="Every key as a table for people.")
+def schema(key: str | None, as_markdown: bool) -> None:
+    """Print the job file's JSON schema.
+
+    An editor checks a job file that begins with this line:
+
+    \b
+    # yaml-language-server: $schema=job.schema.json
+    """
+    import json
+
+    from rich.console import Console
+
+    from rayloom.config.reference import markdown, show_keys
+    from rayloom.config.schema import find_keys, job_reference, job_schema
+
+    if key:
+        show_keys(find_keys(key), Console())
+    elif as_markdown:
+        click.echo(markdown(job_reference()), nl=False)
+    else:
+        click.echo(json.dumps(job_schema(), indent=2))
+
+
+def _follow(client: Any, job_id: str) -> None:
+    """Show a job's log to its end; a job that did not succeed ends this command with the job's own exit status."""
+    from rayloom.jobs.client import follow_logs, job_status
+    from rayloom.train.report import Reporter
+
+    with Reporter() as reporter:
+        for line in follow_logs(client, job_id):
+            reporter.line(line)
+    job = job_status(client, job_id)
+    if job.status != "SUCCEEDED":
+        click.echo(f"{job.id}  {job.status}", err=True)
+        sys.exit(job.exit_code or 1)
 
 
 def main() -> None:

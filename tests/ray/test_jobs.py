@@ -27,7 +27,7 @@ name: {name}
 model: {{path: {model}}}
 method: {{type: full}}
 data: {{train: [data/squares.jsonl], cutoff: 128}}
-train: {{workers: 1, device: cpu, batch_size: 2, max_steps: 1000000, logging_steps: 5, learning_rate: 1.0e-3}}
+train: {{workers: 1, device: cpu, cpus_per_worker: 3, batch_size: 2, max_steps: 1000000, logging_steps: 1}}
 """
 
 
@@ -152,19 +152,6 @@ def test_token(head: LocalHead, change: dict[str, str], message: str) -> None:
     with pytest.raises(RequestError, match=message) as caught:
         connect(environment={**head.environment, **change})
     assert len(str(caught.value).splitlines()) == 1
-
-
-def test_submission_that_the_cluster_refuses(client: JobsClient) -> None:
-    with pytest.raises(JobError, match="no cluster takes this"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client, "stop_job", lambda job_id: client._raise_error(_Refusal()))
-        patch.setattr("rayloom.jobs.client.job_status", lambda *_: list_jobs(client)[0])
-        patch.setattr("rayloom.jobs.client.Job.ended_for_good", False)
-        stop_job(client, "any")
-
-
-class _Refusal:
-    status_code = 500
-    text = "Traceback\nValueError: no cluster takes this"
 
 
 def test_two_heads_side_by_side_and_nothing_left(head: LocalHead) -> None:

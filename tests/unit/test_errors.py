@@ -1,4 +1,4 @@
-"""A fault of the request is found wherever Ray wrapped it."""
+"""Errors cross process borders: Ray pickles them."""
 
 from __future__ import annotations
 
@@ -6,72 +6,21 @@ import pickle
 
 import pytest
 
-from rayloom.errors import JobError, RequestError, find_request_error
-
-FAULT = RequestError("first", "second")
+from rayloom.errors import JobError, RequestError
 
 
-class WrapperError(Exception):
-    """As Ray's errors: the original hangs on an attribute."""
-
-    def __init__(self, **held: object) -> None:
-        super().__init__("wrapped")
-        self.__dict__.update(held)
+@pytest.mark.parametrize("messages", [(), ("one",), ("first", "second")])
+def test_a_request_error_survives_pickling(messages):
+    copy = pickle.loads(pickle.dumps(RequestError(*messages)))
+    assert (type(copy), copy.messages, str(copy)) == (RequestError, messages, "\n".join(messages))
 
 
-class RequestTaskError(RequestError):
-    """As Ray derives it: also of the original's class."""
-
-    def __init__(self) -> None:
-        Exception.__init__(self, "a traceback")
-        self.messages = FAULT.messages
+def test_a_job_error_survives_pickling():
+    copy = pickle.loads(pickle.dumps(JobError("what happened")))
+    assert (type(copy), str(copy)) == (JobError, "what happened")
 
 
-def raised_from(outer: Exception, inner: Exception, *, explicitly: bool) -> Exception:
-    try:
-        try:
-            raise inner
-        except Exception as caught:
-            if explicitly:
-                raise outer from caught
-            raise outer  # noqa: B904 (the context is what is tested)
-    except Exception as error:
-        return error
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        FAULT,
-        WrapperError(cause=FAULT),
-        WrapperError(training_failure=WrapperError(cause=FAULT)),
-        WrapperError(worker_failures={0: ValueError("x"), 1: WrapperError(cause=FAULT)}),
-        raised_from(ValueError("outer"), FAULT, explicitly=True),
-        raised_from(ValueError("outer"), FAULT, explicitly=False),
-        WrapperError(cause=raised_from(KeyError("k"), WrapperError(worker_failures={3: FAULT}), explicitly=True)),
-        RequestTaskError(),
-    ],
-)
-def test_it_is_found(error):
-    found = find_request_error(error)
-    assert type(found) is RequestError
-    assert found.messages == ("first", "second")
-
-
-def test_what_is_none():
-    circle = WrapperError()
-    circle.cause = circle
-    for error in (
-        None,
-        ValueError("x"),
-        JobError("x"),
-        WrapperError(cause="text"),
-        WrapperError(worker_failures=[FAULT]),
-        circle,
-    ):
-        assert find_request_error(error) is None
-
-
-def test_it_crosses_process_borders():
-    copy = pickle.loads(pickle.dumps(FAULT))
-    assert (type(copy), copy.messages, str(copy)) == (RequestError, ("first", "second"), "first\nsecond")
+def test_the_two_are_told_apart():
+    """An `except` for one must not catch the other: they mean different exit statuses."""
+    assert not issubclass(RequestError, JobError)
+    assert not issubclass(JobError, RequestError)

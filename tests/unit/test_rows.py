@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from rayloom.data.files import Chunk
 from rayloom.data.mixture import Mixture
 from rayloom.data.plan import IndexedSet, Plan
-from rayloom.data.rows import IGNORED, SCHEMA, Encoded, collate, segment_table
+from rayloom.data.rows import IGNORED, SCHEMA, Encoded, collate, error_table, raise_error, segment_table
+from rayloom.errors import RequestError
 
 PAD = 7
 
@@ -71,6 +72,7 @@ def test_packed_rows(plan):
             "segment": 2,
             "row": 0,
             "epochs_done": pytest.approx(1.9),  # slots 8 to 10 of 10, the first half of them
+            "error": None,
         },
         {
             "input_ids": [4, 5, 6, 7, 8],
@@ -83,6 +85,7 @@ def test_packed_rows(plan):
             "segment": 2,
             "row": 1,
             "epochs_done": 2.0,
+            "error": None,
         },
     ]
 
@@ -102,6 +105,20 @@ def test_a_segment_of_which_nothing_is_left_is_one_empty_row(plan, capacity):
     (row,) = segment_table(plan, 0, 1, [], [3, 1], capacity).to_pylist()
     assert (row["input_ids"], row["labels"], row["position_ids"], row["sets"], row["rows"]) == ([], [], [], [], [])
     assert (row["dropped"], row["row"], row["segment"], row["epochs_done"]) == ([3, 1], 0, 1, pytest.approx(0.8))
+
+
+def test_an_error_travels_as_a_table():
+    table = error_table(RequestError("first: é", "second"))
+    assert table.schema == SCHEMA
+    with pytest.raises(RequestError) as raised:
+        raise_error(table)
+    assert raised.value.messages == ("first: é", "second")
+
+
+def test_other_tables_are_no_errors(plan):
+    raise_error(rows(3))
+    raise_error(SCHEMA.empty_table())
+    raise_error(segment_table(plan, 0, 1, [], [3, 1], None))
 
 
 # --- collate --------------------------------------------------------------------------------------------------------
