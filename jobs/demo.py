@@ -58,8 +58,10 @@ def main() -> None:
 def answers(model_path: str, adapter: Path | None, questions: list[str]) -> list[tuple[str, str]]:
     """Greedy answers of the model, with or without an adapter."""
     import torch
+    import transformers
     from peft import PeftModel
 
+    transformers.logging.disable_progress_bar()
     tokenizer = load_tokenizer(model_path)
     model = load_causal_lm(model_path, torch.float32)
     if adapter is not None:

@@ -20,4 +20,3 @@ class RequestError(Exception):
 
 class JobError(Exception):
     """The job was right and failed: exit status 1. The message says what happened and what to do next."""
-

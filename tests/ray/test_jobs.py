@@ -27,7 +27,7 @@ name: {name}
 model: {{path: {model}}}
 method: {{type: full}}
 data: {{train: [data/squares.jsonl], cutoff: 128}}
-train: {{workers: 1, device: cpu, cpus_per_worker: 3, batch_size: 2, max_steps: 1000000, logging_steps: 1}}
+train: {{workers: 1, device: cpu, cpus_per_worker: 3, batch_size: 2, max_steps: 5000, logging_steps: 1}}
 """
 
 

@@ -16,7 +16,7 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from tests.ray.jobs import job, metrics, plain_losses, run, write_rows
+from tests.ray.small_jobs import job, metrics, plain_losses, run, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayloom.data import index

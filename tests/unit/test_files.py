@@ -103,6 +103,15 @@ def test_golden_chunks(tmp_path):
     ]
 
 
+def test_only_a_newline_ends_a_line(tmp_path):
+    """A carriage return is white space to JSON, and other line breaks may stand in texts."""
+    path = tmp_path / "a.jsonl"
+    assert read_all(index_text(path, '{"a":\r1}\n{"b": "\u2028\x85"}\n')) == [
+        (f"{path}:1: row 1", {"a": 1}),
+        (f"{path}:2: row 2", {"b": "\u2028\x85"}),
+    ]
+
+
 def test_large_chunks_hold_whole_small_files(tmp_path):
     assert len(index_text(tmp_path / "a.jsonl", '{"a": 1}\n' * 100)) == 1
     assert len(index_text(tmp_path / "a.json", "[" + ",".join(['{"a": 1}'] * 100) + "]")) == 1

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -77,6 +79,11 @@ def test_token_that_is_missing(home: Path) -> None:
         jobs._token({"RAY_AUTH_MODE": "kerberos"})
 
 
+def test_address_without_a_host(home: Path) -> None:
+    with pytest.raises(RequestError, match="cannot reach a Ray dashboard at http://:8265"):
+        jobs.connect("http://:8265", environment={})
+
+
 def test_nobody_listens(home: Path) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
@@ -94,6 +101,24 @@ def test_somebody_else_listens_and_never_answers(home: Path, monkeypatch: pytest
         with pytest.raises(RequestError, match="did not answer in time"):
             jobs.connect(f"http://127.0.0.1:{mute.getsockname()[1]}", environment={})
         assert time.monotonic() - begin < 5
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"{}", b"[]"])
+def test_somebody_else_answers(home: Path, body: bytes) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *message: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(RequestError, match="not as a Ray dashboard"):
+            jobs.connect(f"http://127.0.0.1:{server.server_port}", environment={})
+        server.shutdown()
 
 
 def test_environment_stays_as_it_was(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

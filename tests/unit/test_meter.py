@@ -102,16 +102,22 @@ def test_ranks_are_summed_and_the_furthest_position_counts(monkeypatch, stopper)
         ),
         BatchCount(2),  # its stream has ended
     ]
-    sent = []
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
-    monkeypatch.setattr(torch.distributed, "all_gather", lambda everyone, mine: sent.append(mine))
-    for rank, count in enumerate(counts):
-        count.share(torch.device("cpu"), stop=rank == stopper)
+    sent: list[torch.Tensor] = []
+
+    def send(everyone: list[torch.Tensor], mine: torch.Tensor) -> None:
+        sent.append(mine)
+        raise InterruptedError  # nothing has come back yet
 
     def gather(everyone: list[torch.Tensor], mine: torch.Tensor) -> None:
         for target, tensor in zip(everyone, sent, strict=True):
             target.copy_(tensor)
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "all_gather", send)
+    for rank, count in enumerate(counts):
+        with pytest.raises(InterruptedError):
+            count.share(torch.device("cpu"), stop=rank == stopper)
 
     monkeypatch.setattr(torch.distributed, "all_gather", gather)
     steps = [count.share(torch.device("cpu"), stop=rank == stopper) for rank, count in enumerate(counts)]

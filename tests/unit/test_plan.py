@@ -213,6 +213,16 @@ def test_rows_are_shuffled_within_groups_of_neighbouring_chunks(group):
     assert [row for _, row in order] != [0, 1, 2] * 40
 
 
+def test_a_plan_stays_small_however_much_it_has_been_asked():
+    """It is sent to every task."""
+    plan = make_plan(indexed("short", [3]), indexed("long", [50] * 4), strategy="interleave_over", window=20)
+    epoch(plan, 0)
+    size = len(pickle.dumps(plan))
+    for number in range(1, 6):
+        epoch(plan, number)
+    assert len(pickle.dumps(plan)) < 1.2 * size
+
+
 def test_large_windows_do_not_compute_orders_again_and_again():
     """In order of the slots, one set's pass and one group of chunks after the other is asked for."""
     plan = make_plan(indexed("short", [3]), indexed("long", [50] * 400), strategy="interleave_over", window=3000)

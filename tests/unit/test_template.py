@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 from rayloom.data.example import Example, Message
 from rayloom.data.template import Rendered, Renderer, resolve_template
@@ -147,6 +149,26 @@ def test_a_token_that_begins_in_the_prompt_is_not_trained(tokenizer):
     )
     assert tokenizer.decode(rendered.input_ids) == "A spider has eight."
     assert trained_runs(tokenizer, rendered) == [" has eight."]
+
+
+def test_a_token_that_ends_behind_the_answer_is_not_trained(tokenizer):
+    template = "{%- for m in messages -%}{%- if m['role'] == 'assistant' -%}"
+    template += "{% generation %}{{ m['content'] }}{% endgeneration %}der{%- endif -%}{%- endfor -%}"
+    (rendered,) = Renderer(tokenizer, template).render([conversation(("user", ""), ("assistant", "A spi"))])
+    assert tokenizer.decode(rendered.input_ids) == "A spider"
+    assert trained_runs(tokenizer, rendered) == ["A"]
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_nothing_is_put_before_what_the_template_renders(tiny_model, tokenizer, marked):
+    """Many tokenizers begin every text with a token of their own; in a chat that is the template's affair."""
+    beginning = AutoTokenizer.from_pretrained(tiny_model)
+    beginning.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", beginning.pad_token_id)]
+    )
+    assert beginning("Hi")["input_ids"][0] == beginning.pad_token_id
+    template = MARKED if marked else tokenizer.chat_template
+    assert Renderer(beginning, template).render([MULTI]) == Renderer(tokenizer, template).render([MULTI])
 
 
 def test_no_examples(tokenizer):

@@ -84,7 +84,12 @@ def connect(address: str | None = None, *, environment: Mapping[str, str] | None
     token = _token(environment)
     _quieten()
     with _translated(address), _only_address(address):
-        return JobsClient(address, headers={"Authorization": f"Bearer {token}"} if token else {})
+        try:
+            return JobsClient(address, headers={"Authorization": f"Bearer {token}"} if token else {})
+        except requests.exceptions.InvalidURL:
+            raise
+        except (RuntimeError, ValueError, KeyError, TypeError):  # the version that it asked for was not told
+            raise RequestError(f"{address} answers, but not as a Ray dashboard does; is the address right?") from None
 
 
 def list_jobs(client: JobsClient) -> list[Job]:

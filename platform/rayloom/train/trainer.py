@@ -153,6 +153,7 @@ class StreamTrainer(transformers.Trainer):
             "learning_rate": logs["learning_rate"],
             "grad_norm": logs.get("grad_norm"),
             "tokens_per_second": (self.meter.tokens - tokens) / (now - then),
+            "tokens": self.meter.tokens,
             "examples_seen": sum(self.meter.examples),
             "position": self.meter.position.as_dict(),
         }
