@@ -313,3 +313,11 @@ def test_the_run_directory_is_absolute(job_file, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert read_job(job_file).run_dir == tmp_path / "runs" / "a"
     assert read_job(job_file, ["output_dir=~/out"]).run_dir == Path("/home/me/out/a")
+
+
+@pytest.mark.parametrize("text", ["epochs: yes", "batch_size: true", "learning_rate: on", "max_steps: no"])
+def test_true_is_no_number(job_file, text):
+    (message,) = refusal_of(job_file, JOB + f"train: {{{text}}}\n")
+    key = text.partition(":")[0]
+    assert message.startswith(f"job.yaml:8: train.{key}: must be a ")
+    assert message.endswith((", not True", ", not False"))

@@ -30,7 +30,7 @@ def an_earlier_run(job: JobConfig, status: str | None = None, steps: int = 0, ep
     if steps:
         folder = run.path / CHECKPOINTS / f"step-{steps:08d}"
         folder.mkdir(parents=True)
-        StreamMeter(Position(epoch, 0, 0), [0], [0, 0]).save(folder, steps)
+        StreamMeter(Position(epoch, 0, 0), [0], [0, 0], epochs_done=float(epoch)).save(folder, steps)
         register([steps], run.path)
         run.metrics_file.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, steps + 5)))
     return run.path
@@ -138,16 +138,36 @@ def test_an_unfinished_run_is_kept(tmp_path, status):
     ]
 
 
-def test_overwrite_deletes_a_run(tmp_path):
+def test_overwrite_puts_the_old_run_aside_until_the_new_one_trains(tmp_path):
     job = make_job(tmp_path, overwrite=True)
     path = an_earlier_run(make_job(tmp_path), "finished")
     (path / "model").mkdir()
     run = check_run_dir(job)
-    assert (path / "model").exists()  # the check deletes nothing yet
+    assert (path / "model").exists()  # the check touches nothing
     opened = open_run_dir(job, run)
     assert list(tree(path)) == ["job.yaml"]
     opened.undo()
-    assert not path.exists()
+    assert (path / "model").exists()  # refused late: as it was
+    assert [child.name for child in path.parent.iterdir()] == [path.name]
+
+    opened = open_run_dir(job, check_run_dir(job))
+    opened.settle()
+    assert list(tree(path)) == ["job.yaml"]
+    assert [child.name for child in path.parent.iterdir()] == [path.name]
+
+
+def test_a_result_that_was_cut_off_is_an_unfinished_run(tmp_path):
+    path = an_earlier_run(make_job(tmp_path), "finished")
+    (path / "result.json").write_text('{"status": "fini')
+    assert "holds an unfinished run" in refusal(make_job(tmp_path), tmp_path)[0]
+
+
+def test_a_list_of_checkpoints_that_ray_cannot_read(tmp_path):
+    path = an_earlier_run(make_job(tmp_path), steps=3)
+    snapshot = path / CHECKPOINTS / "checkpoint_manager_snapshot.json"
+    snapshot.write_text("{")
+    (message,) = refusal(make_job(tmp_path, resume=True), tmp_path)
+    assert message.startswith(f"resume: Ray {ray.__version__} cannot read {snapshot}: ")
 
 
 def test_overwrite_deletes_nothing_that_is_no_run(tmp_path):

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Strict
+
+# Strict, or YAML's `yes` would pass for 1.
+Whole = Annotated[int, Strict()]
+Number = Annotated[float, Strict()]
 
 
 class ConfigPart(BaseModel):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rayloom.config.part import ConfigPart
+from rayloom.config.part import ConfigPart, Number, Whole
 
 
 class DatasetConfig(ConfigPart):
@@ -19,7 +19,7 @@ class DatasetConfig(ConfigPart):
     format: Literal["auto", "alpaca", "sharegpt", "openai"] = "auto"
     """What a row's columns mean: `alpaca` (instruction, input, output), `sharegpt` (conversations), `openai`
     (messages), or `auto`: told from the first row's columns."""
-    weight: float | None = Field(default=None, gt=0)
+    weight: Number | None = Field(default=None, gt=0)
     """Share of this set in an interleaved mix, relative to the other sets' weights; above 0. Left out: 1."""
     name: str = ""
     """Name in metrics and messages. Left out: the file's name without its ending."""
@@ -45,11 +45,11 @@ class DataConfig(ConfigPart):
     ones repeat), `interleave_once` until every set ran out (none repeats)."""
     template: str = "auto"
     """Chat template: `auto` (the model's own), or the path of a `.jinja` file."""
-    cutoff: int = Field(default=2048, ge=8)
+    cutoff: Whole = Field(default=2048, ge=8)
     """Longest token row. An example that is longer is left out and counted."""
     packing: bool = True
     """Put several short examples into one row, kept apart in attention and positions."""
-    window: int = Field(default=512, ge=1)
+    window: Whole = Field(default=512, ge=1)
     """Examples that are read, shuffled and packed together: the grain of reading, not of resuming."""
 
     @field_validator("train")

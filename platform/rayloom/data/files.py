@@ -127,6 +127,7 @@ def _cut_list(file: Path, chunk_bytes: int) -> Iterator[Chunk]:
         decoder = json.JSONDecoder()
         position = _skip(text, position + 1)
         begin, row, rows, start = position, 0, 0, len(text[:position].encode())
+        line = text.count("\n", 0, begin) + 1
         while text[position : position + 1] != "]":
             _, position = decoder.raw_decode(text, position)
             rows += 1
@@ -136,13 +137,14 @@ def _cut_list(file: Path, chunk_bytes: int) -> Iterator[Chunk]:
                 if position - begin >= chunk_bytes:
                     size = len(text[begin:position].encode())
                     stop = start + len(text[begin:end].encode())
-                    yield Chunk(str(file), start, stop, rows, row, text.count("\n", 0, begin) + 1)
+                    yield Chunk(str(file), start, stop, rows, row, line)
+                    line += text.count("\n", begin, position)
                     begin, row, rows, start = position, row + rows, 0, start + size
             elif text[position : position + 1] != "]":
                 raise json.JSONDecodeError("expected ',' or ']'", text, position)
         if rows:
             stop = start + len(text[begin:end].encode())
-            yield Chunk(str(file), start, stop, rows, row, text.count("\n", 0, begin) + 1)
+            yield Chunk(str(file), start, stop, rows, row, line)
         position = _skip(text, position + 1)
         if position < len(text):
             raise json.JSONDecodeError("something stands behind the list", text, position)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rayloom.config.part import ConfigPart
+from rayloom.config.part import ConfigPart, Number, Whole
 
 
 class LoraConfig(ConfigPart):
@@ -14,11 +14,11 @@ class LoraConfig(ConfigPart):
 
     type: Literal["lora"] = "lora"
     """`lora`, also where no type is given: small adapters train, the model's own weights stay as they are."""
-    rank: int = Field(default=8, ge=1, le=4096)
+    rank: Whole = Field(default=8, ge=1, le=4096)
     """Rank of the two adapter factors, 1 to 4096."""
-    alpha: float | None = Field(default=None, gt=0)
+    alpha: Number | None = Field(default=None, gt=0)
     """Scale of the adapter: its product is multiplied by alpha / rank. Left out: twice the rank."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    dropout: Number = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input, 0 to below 1."""
     target: Literal["all"] | list[str] = "all"
     """Modules that get an adapter: `all` (every linear layer but the output head) or a list of module names."""

@@ -6,35 +6,35 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from rayloom.config.part import ConfigPart
+from rayloom.config.part import ConfigPart, Number, Whole
 
 
 class TrainConfig(ConfigPart):
     """How long, how fast and on what the job trains."""
 
-    workers: int = Field(default=1, ge=1)
+    workers: Whole = Field(default=1, ge=1)
     """Ray Train workers, one GPU each where there are GPUs; at least 1."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """What a worker computes on. `auto`: GPUs when the cluster has any."""
-    cpus_per_worker: float = Field(default=1.0, gt=0)
+    cpus_per_worker: Number = Field(default=1.0, gt=0)
     """CPUs that Ray reserves for each worker; above 0. On CPU a worker computes with its share of its node's cores."""
-    batch_size: int = Field(default=4, ge=1)
+    batch_size: Whole = Field(default=4, ge=1)
     """Rows in one worker's batch; at least 1."""
-    gradient_accumulation: int = Field(default=1, ge=1)
+    gradient_accumulation: Whole = Field(default=1, ge=1)
     """Batches of each worker in one optimizer step; at least 1."""
-    learning_rate: float = Field(default=1e-4, gt=0)
+    learning_rate: Number = Field(default=1e-4, gt=0)
     """Peak learning rate; above 0."""
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the learning rate after the warm-up."""
-    warmup: float = Field(default=0.03, ge=0, lt=1)
+    warmup: Number = Field(default=0.03, ge=0, lt=1)
     """Share of the training over which the learning rate rises from 0; 0 to below 1."""
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: Number = Field(default=0.0, ge=0)
     """AdamW's decoupled weight decay."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_grad_norm: Number = Field(default=1.0, gt=0)
     """Gradients are scaled down to this global L2 norm; above 0."""
-    epochs: int = Field(default=1, ge=1)
+    epochs: Whole = Field(default=1, ge=1)
     """Passes over the mixed stream; at least 1."""
-    max_steps: int | None = Field(default=None, ge=1)
+    max_steps: Whole | None = Field(default=None, ge=1)
     """Optimizer steps to make, whatever `epochs` says; the stream goes on into further epochs as needed."""
     deepspeed: Literal["none", "zero1", "zero2", "zero3"] = "none"
     """What DeepSpeed shards over the workers: `zero1` optimizer state, `zero2` also gradients, `zero3` also weights."""
@@ -42,15 +42,15 @@ class TrainConfig(ConfigPart):
     """What the model computes in. `auto`: bf16 where the device computes it, else fp16 on a GPU, else fp32."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    logging_steps: int = Field(default=10, ge=1)
+    logging_steps: Whole = Field(default=10, ge=1)
     """Optimizer steps between two rows of metrics."""
-    save_steps: int = Field(default=500, ge=1)
+    save_steps: Whole = Field(default=500, ge=1)
     """Optimizer steps between two checkpoints. One more is written at the end and when the job is told to stop."""
-    keep_checkpoints: int = Field(default=2, ge=1)
+    keep_checkpoints: Whole = Field(default=2, ge=1)
     """How many of the newest checkpoints stay."""
-    seed: int = Field(default=42, ge=0)
+    seed: Whole = Field(default=42, ge=0)
     """Seed of the data order and of every random number."""
-    wait_for_resources: float = Field(default=45.0, ge=0, le=86400)
+    wait_for_resources: Number = Field(default=45.0, ge=0, le=86400)
     """Seconds to wait for busy resources before the job is given up. What the cluster has not got at all is refused
     at once."""
 

@@ -13,9 +13,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rayloom import __version__
 from rayloom.config.job import JobConfig
@@ -31,7 +32,11 @@ from rayloom.train.ray_session import prepare_environment, ray_session
 from rayloom.train.report import Reporter, mean_loss, plot_loss
 from rayloom.train.run_dir import CHECKPOINTS, RunDir, check_run_dir, open_run_dir
 
+if TYPE_CHECKING:
+    from rayloom.train.resources import Resources
+
 _POLL_SECONDS = 0.25
+_SEGMENTS_AT_ONCE = 10_000
 # How often Ray Train may try again to start the workers; its default is for ever.
 _NO_ENDLESS_RETRY: Any = {"controller_failure_limit": 0}
 _VERSIONS = ("ray", "torch", "transformers", "peft", "accelerate", "deepspeed")
@@ -53,7 +58,7 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
     plan, encoder = prepare_data(job)
     if job.train.device == "cpu":
         choose_precision(job.train.precision, "cpu", bf16=computes_bf16("cpu"))
-    segments = _segments_needed(job, plan, _rows_in_first_segment(job, plan, encoder))
+    rows_per_segment = _rows_in_first_segment(job, plan, encoder)
     phases["checks"] = time.time()
 
     with Reporter() as reporter, ray_session(verbose=verbose) as own_cluster:
@@ -63,40 +68,60 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
         resources = plan_resources(job.train)
         choose_precision(job.train.precision, resources.device, bf16=resources.device == "gpu" or computes_bf16("cpu"))
         require_resources(job.train, resources, wait=not own_cluster)
-        run = open_run_dir(job, run)
-        reporter.say(f"{job.name}: {_describe(job, plan, resources.device)}")
-        try:
-            summary = _Run(job, run, plan, encoder, segments, resources, reporter, phases).go()
-        except RequestError:
-            run.undo()
-            raise
-    return summary
+        work = _Work(job, open_run_dir(job, run), plan, encoder, rows_per_segment, resources)
+        reporter.say(f"{job.name}: {_describe(work)}")
+        return _Execution(work, reporter, phases).run()
 
 
-class _Run:
-    """One execution of Ray Train, with the driver's main thread listening to it."""
+@dataclass(frozen=True)
+class _Work:
+    """Everything that is settled before Ray Train starts."""
 
-    def __init__(
-        self,
-        job: JobConfig,
-        run: RunDir,
-        plan: Plan,
-        encoder: SftEncoder,
-        segments: Callable[[Position], int],
-        resources: Any,
-        reporter: Reporter,
-        phases: dict[str, float],
-    ) -> None:
+    job: JobConfig
+    run: RunDir
+    plan: Plan
+    encoder: SftEncoder
+    rows_per_segment: int
+    """Token rows in the stream's first segment: a measure of how dense the data is."""
+    resources: Resources
+
+    def segments(self, start: Position) -> int:
+        """How many segments to make from `start` on, in one execution of the pipeline.
+
+        The rest of the epochs; or, by steps, twice what the first segment's density suggests. At most
+        `_SEGMENTS_AT_ONCE`, since Ray Data lists all its tasks up front.
+        """
+        if self.plan.epochs is not None:
+            left = self.plan.epochs * self.plan.segments - (start.epoch * self.plan.segments + start.segment)
+        else:
+            train = self.job.train
+            rows = (train.max_steps or 0) * train.workers * train.batch_size * train.gradient_accumulation
+            left = min(rows, 2 * (rows // self.rows_per_segment) + 16)
+        return min(left, _SEGMENTS_AT_ONCE)
+
+    def is_done(self, summary: dict[str, Any]) -> bool:
+        """Whether the workers ended because there is nothing left to do, not because the pipeline had ended."""
+        if summary["status"] == "stopped":
+            return True
+        if self.job.train.max_steps is not None:
+            return bool(summary["steps"] >= self.job.train.max_steps)
+        return bool(summary["epochs_done"] >= self.job.train.epochs)
+
+
+class _Execution:
+    """Ray Train at work in a thread; the main thread listens, writes, and hands signals on."""
+
+    def __init__(self, work: _Work, reporter: Reporter, phases: dict[str, float]) -> None:
         from rayloom.train.monitor import start_monitor
 
-        self.job, self.run, self.plan, self.reporter, self.phases = job, run, plan, reporter, phases
-        self.monitor = start_monitor()
-        self._trainer = _ray_trainer(job, run, plan, encoder, segments, resources, self.monitor)
-        self._outcome: list[Any] = []
+        self._work, self._reporter, self._phases = work, reporter, phases
+        self._monitor = start_monitor()
+        self._outcome: dict[str, Any] | BaseException | None = None
         self._refused: RequestError | None = None
+        self._trains = False
 
-    def go(self) -> dict[str, Any]:
-        """Train; return the summary. On the way: metrics to file and screen, signals to the workers."""
+    def run(self) -> dict[str, Any]:
+        """Train; return what `result.json` holds. On the way: metrics to file and screen, signals to the workers."""
         thread = threading.Thread(target=self._fit, daemon=True)
         with _Signals(self._ask_to_stop):
             thread.start()
@@ -104,73 +129,83 @@ class _Run:
                 thread.join(_POLL_SECONDS)
                 self._collect()
         self._collect()
-        (outcome,) = self._outcome
-        if isinstance(outcome, BaseException):
-            raise self._failure(outcome)
-        return self._finish(outcome)
+        if isinstance(self._outcome, dict):
+            return self._finish(self._outcome)
+        raise self._failure(self._outcome)
 
     def _fit(self) -> None:
         try:
-            self._outcome.append(self._trainer.fit().return_value)
+            summary = None
+            while summary is None or not self._work.is_done(summary):
+                # Once more only where one execution of the pipeline was not enough: it goes on from the checkpoint.
+                summary = _ray_trainer(self._work, self._monitor).fit().return_value
+            self._outcome = summary
         except BaseException as error:
-            self._outcome.append(error)
+            self._outcome = error
 
     def _ask_to_stop(self, name: str) -> None:
-        self.reporter.say(f"{name}: saving a checkpoint after this step, then stopping; once more stops at once")
-        self.monitor.request_stop.remote()
+        self._reporter.say(f"{name}: saving a checkpoint after this step, then stopping; once more stops at once")
+        self._monitor.request_stop.remote()
 
     def _collect(self) -> None:
         import ray
 
-        for event in ray.get(self.monitor.collect.remote(), timeout=60):
+        for event in ray.get(self._monitor.collect.remote(), timeout=60):
             if event["kind"] == "phase":
-                self.phases[event["name"]] = event["time"]
+                self._phases.setdefault(event["name"], event["time"])
             elif event["kind"] == "refused":
                 self._refused = RequestError(*event["messages"])
             else:
-                with self.run.metrics_file.open("a") as file:
+                if not self._trains:
+                    self._trains = True
+                    self._work.run.settle()
+                with self._work.run.metrics_file.open("a") as file:
                     file.write(json.dumps(event["row"]) + "\n")
-                self.reporter.show(event["row"])
+                self._reporter.show(event["row"])
 
-    def _failure(self, error: BaseException) -> Exception:
+    def _failure(self, error: BaseException | None) -> Exception:
+        run = self._work.run
         if self._refused is not None:
+            run.undo()
             return self._refused
-        text = f"{type(error).__name__}: {error}"
-        self._write({"status": "failed", "error": text[-4000:]})
-        hint = ""
-        if self.run.latest_checkpoint() is not None:
-            hint = "\nThe last checkpoint is kept: resume=true goes on from it"
-        return JobError(f"{self.job.name} failed. {text[-4000:]}{hint}")
+        text = f"{type(error).__name__}: {error}"[-4000:]
+        if not self._trains and run.replaced is not None:
+            run.undo()
+            return JobError(f"{self._work.job.name} failed before its first step. {text}\nThe earlier run is kept")
+        self._write({"status": "failed", "error": text})
+        kept = run.latest_checkpoint() is not None
+        hint = "\nThe last checkpoint is kept: resume=true goes on from it" if kept else ""
+        return JobError(f"{self._work.job.name} failed. {text}{hint}")
 
     def _finish(self, summary: dict[str, Any]) -> dict[str, Any]:
-        names = [data_set.name for data_set in self.plan.sets]
+        run, names = self._work.run, [data_set.name for data_set in self._work.plan.sets]
+        run.settle()
         dropped = summary.pop("dropped")
         summary["examples"] = dict(zip(names, summary["examples"], strict=True))
         summary["dropped"] = {
             name: dict(zip(DROP_REASONS, dropped[i * len(DROP_REASONS) :], strict=False))
             for i, name in enumerate(names)
         }
-        summary["model_dir"] = str(self.run.model) if summary["status"] == "finished" else None
-        if rows := self.run.metrics():
+        summary["model_dir"] = str(run.model) if summary["status"] == "finished" else None
+        if rows := run.metrics():
             summary["train_loss"] = mean_loss(rows)
             summary["tokens_per_second"] = median(row["tokens_per_second"] for row in rows)
-            plot_loss(rows, self.run.path / "loss.png", self.job.name)
-        self._write(summary)
-        return self.run.result()
+            plot_loss(rows, run.path / "loss.png", self._work.job.name)
+        return self._write(summary)
 
-    def _write(self, summary: dict[str, Any]) -> None:
-        marks = sorted(self.phases.items(), key=lambda item: item[1])
+    def _write(self, summary: dict[str, Any]) -> dict[str, Any]:
+        marks = sorted(self._phases.items(), key=lambda item: item[1])
         seconds = {name: round(time_ - marks[i][1], 2) for i, (name, time_) in enumerate(marks[1:])}
-        self.run.write_result(
-            {
-                "name": self.job.name,
-                **summary,
-                "seconds": round(time.time() - self.phases["start"], 2),
-                "seconds_to_first_step": seconds,
-                "versions": {"rayloom": __version__, "python": platform.python_version()}
-                | {name: version(name) for name in _VERSIONS},
-            }
-        )
+        result = {
+            "name": self._work.job.name,
+            **summary,
+            "seconds": round(time.time() - self._phases["start"], 2),
+            "seconds_to_first_step": seconds,
+            "versions": {"rayloom": __version__, "python": platform.python_version()}
+            | {name: version(name) for name in _VERSIONS},
+        }
+        self._work.run.write_result(result)
+        return result
 
 
 class _Signals:
@@ -197,15 +232,8 @@ class _Signals:
         self._ask(signal.Signals(number).name)
 
 
-def _ray_trainer(
-    job: JobConfig,
-    run: RunDir,
-    plan: Plan,
-    encoder: SftEncoder,
-    segments: Callable[[Position], int],
-    resources: Any,
-    monitor: Any,
-) -> Any:
+def _ray_trainer(work: _Work, monitor: Any) -> Any:
+    job, run, resources = work.job, work.run, work.resources
     import ray.data
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -219,10 +247,10 @@ def _ray_trainer(
         checkpoint = run.latest_checkpoint()
         start = StreamMeter.load(checkpoint)[0].position if checkpoint else Position()
         return build_stream(
-            plan,
-            encoder,
+            work.plan,
+            work.encoder,
             start,
-            segments=segments(start),
+            segments=work.segments(start),
             cutoff=job.data.cutoff,
             packing=job.data.packing,
             task_cpus=resources.task_cpus,
@@ -236,7 +264,7 @@ def _ray_trainer(
             "job": job.model_dump(mode="json"),
             "monitor": monitor,
             "device": resources.device,
-            "sets": len(plan.sets),
+            "sets": len(work.plan.sets),
             "model_dir": str(run.model),
         },
         torch_config=TorchConfig(backend="gloo" if resources.device == "cpu" else "nccl"),
@@ -269,20 +297,8 @@ def _rows_in_first_segment(job: JobConfig, plan: Plan, encoder: SftEncoder) -> i
     )
 
 
-def _segments_needed(job: JobConfig, plan: Plan, rows_per_segment: int) -> Callable[[Position], int]:
-    """From a position on: the rest of the epochs; or, by steps, twice what the first segment's density suggests."""
-
-    def needed(start: Position) -> int:
-        if plan.epochs is not None:
-            return plan.epochs * plan.segments - (start.epoch * plan.segments + start.segment)
-        train = job.train
-        rows = (train.max_steps or 0) * train.workers * train.batch_size * train.gradient_accumulation
-        return min(rows, 2 * (rows // rows_per_segment) + 16)
-
-    return needed
-
-
-def _describe(job: JobConfig, plan: Plan, device: str) -> str:
+def _describe(work: _Work) -> str:
+    job, plan, device = work.job, work.plan, work.resources.device
     sets = ", ".join(f"{data_set.name} ({data_set.length} rows)" for data_set in plan.sets)
     goal = f"{job.train.max_steps} steps" if job.train.max_steps else f"{job.train.epochs} epoch(s)"
     return (

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rayloom.errors import RequestError
 from rayloom.train.meter import STREAM_FILE, StreamMeter
 
 CHECKPOINTS = "checkpoints"
+_SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of the checkpoints that are whole
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class RunDir:
     existed: bool
     made: tuple[Path, ...] = ()
     """What opening it made: the directory and the folders above it that were missing, innermost first."""
+    replaced: Path | None = None
+    """Where the run that this one replaces is kept until it is sure that this one trains."""
 
     @property
     def model(self) -> Path:
@@ -42,7 +46,10 @@ class RunDir:
 
     def result(self) -> dict[str, Any]:
         """`result.json` of an earlier run; empty when there is none."""
-        return json.loads(self.result_file.read_text()) if self.result_file.exists() else {}
+        try:
+            return dict(json.loads(self.result_file.read_text()))
+        except (OSError, ValueError, TypeError):  # not there, or cut off when the machine went down
+            return {}
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of `metrics.jsonl`."""
@@ -56,9 +63,15 @@ class RunDir:
 
         logging.getLogger("ray.train").setLevel(logging.WARNING)  # it tells at length that it has found what we ask for
         folder = self.path / CHECKPOINTS
-        if not (folder / "checkpoint_manager_snapshot.json").exists():
+        if not (folder / _SNAPSHOT).exists():
             return None
-        checkpoint = Result.from_path(folder).checkpoint
+        try:
+            checkpoint = Result.from_path(folder).checkpoint
+        except Exception as error:  # Ray says anything from JSONDecodeError to its own ValueErrors
+            raise RequestError(
+                f"resume: Ray {version('ray')} cannot read {folder / _SNAPSHOT}: {error}; "
+                "start anew with another name, or with overwrite=true"
+            ) from None
         return Path(checkpoint.path) if checkpoint and (Path(checkpoint.path) / STREAM_FILE).exists() else None
 
     def write_result(self, result: dict[str, Any]) -> None:
@@ -67,10 +80,17 @@ class RunDir:
         partial.write_text(json.dumps(result, indent=2) + "\n")
         partial.replace(self.result_file)
 
+    def settle(self) -> None:
+        """The new run has begun to train: what it replaces is deleted for good."""
+        if self.replaced is not None:
+            shutil.rmtree(self.replaced, ignore_errors=True)
+
     def undo(self) -> None:
-        """Leave no trace, if the directory is of our making."""
+        """Leave no trace, if the directory is of our making; put back what it was to replace."""
         if not self.existed:
             shutil.rmtree(self.path, ignore_errors=True)
+            if self.replaced is not None and self.replaced.exists():
+                self.replaced.rename(self.path)
             with suppress(OSError):  # a folder that another job has begun to use stays
                 for folder in self.made[1:]:
                     folder.rmdir()
@@ -101,10 +121,13 @@ def check_run_dir(job: JobConfig) -> RunDir:
 
 
 def open_run_dir(job: JobConfig, run: RunDir) -> RunDir:
-    """Make the directory ready: deleted first under `overwrite`; metrics cut back to the checkpoint under `resume`."""
+    """Make the directory ready: metrics are cut back to the checkpoint under `resume`; under `overwrite` the old run is
+    put aside, until `settle` deletes it or `undo` puts it back."""
     if job.overwrite and run.existed:
-        shutil.rmtree(run.path)
-        run = RunDir(run.path, existed=False)
+        aside = run.path.with_name(f".{run.path.name}.replaced")
+        shutil.rmtree(aside, ignore_errors=True)
+        run.path.rename(aside)
+        run = RunDir(run.path, existed=False, replaced=aside)
     run = replace(run, made=tuple(folder for folder in (run.path, *run.path.parents) if not folder.exists()))
     run.path.mkdir(parents=True, exist_ok=True)
     if job.resume and (checkpoint := run.latest_checkpoint()):
@@ -156,7 +179,7 @@ def _check_resume(job: JobConfig, run: RunDir) -> None:
         raise RequestError(*faults)
     meter, step = StreamMeter.load(checkpoint)
     over_by_steps = job.train.max_steps is not None and step >= job.train.max_steps
-    over_by_epochs = job.train.max_steps is None and meter.position.epoch >= job.train.epochs
+    over_by_epochs = job.train.max_steps is None and meter.epochs_done >= job.train.epochs
     if over_by_steps or over_by_epochs:
         raise RequestError(
             f"resume: the run in {run.path} is finished (step {step}), nothing is left to do; "

@@ -39,7 +39,7 @@ def _announced(tables: Iterator[pa.Table], on_first: Callable[[], None]) -> Iter
         yield table
 
 
-class _FirstStep(transformers.TrainerCallback):
+class _Milestones(transformers.TrainerCallback):
     def __init__(self, phase: Any) -> None:
         self._phase = phase
 
@@ -48,6 +48,8 @@ class _FirstStep(transformers.TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._phase("first step")
+        if state.global_step == args.max_steps:
+            control.should_log = True  # the last step, also between two rows of metrics
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -101,7 +103,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
             model=model,
             args=arguments,
             processing_class=tokenizer,
-            callbacks=[_FirstStep(phase)],
+            callbacks=[_Milestones(phase)],
             tables=_announced(tables, lambda: phase("first batch")),
             meter=meter,
             settings=job.train,
@@ -121,6 +123,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
         "trained_tokens": meter.trained_tokens,
         "examples": meter.examples,
         "dropped": meter.dropped,
+        "epochs_done": meter.epochs_done,
         "position": meter.position.as_dict(),
         "precision": precision,
         "engine": engine_of(trainer.model_wrapped),
