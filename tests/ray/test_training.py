@@ -26,6 +26,7 @@ from rayloom.errors import RequestError
 from rayloom.jobs.local_head import LocalHead
 from rayloom.methods.attach import attach_method
 from rayloom.stages.prepare import prepare_data
+from rayloom.train import driver
 
 STEPS = 4
 pytestmark = pytest.mark.usefixtures("connected")
@@ -225,6 +226,17 @@ def test_a_bad_row_met_while_training_is_a_request_error(
     with pytest.raises(RequestError, match=rf"rows\.jsonl:{bad + 1}: row {bad + 1}: has no column 'output'"):
         run(config)
     assert not config.run_dir.exists()
+
+
+def test_a_stream_longer_than_one_execution(
+    tiny_model: Path, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "_SEGMENTS_AT_ONCE", 3)  # of six: the workers come back for the other three
+    sets = [{"path": item["path"]} for item in data]
+    result, rows = run(job(tiny_model, tmp_path, sets, data={"cutoff": 256}, train={"batch_size": 1}))
+    assert result["status"] == "finished"
+    assert result["examples"] == {"short": 30, "long": 60}
+    assert [row["step"] for row in rows] == list(range(1, result["steps"] + 1))
 
 
 @pytest.mark.parametrize(("engine", "workers"), [("none", 1), ("zero2", 2)])
