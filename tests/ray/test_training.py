@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from ray._private.authentication_test_utils import reset_auth_token_state
 from safetensors.torch import load_file
 from tests.ray.small_jobs import job, metrics, plain_losses, run, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -38,6 +39,7 @@ def connected(head: LocalHead) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**head.environment, "RAY_ADDRESS": head.cluster_address}.items():
             patch.setenv(name, value)
+        reset_auth_token_state()  # Ray keeps what it read first, and other tests have been here before
         yield
 
 
