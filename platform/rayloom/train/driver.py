@@ -278,11 +278,20 @@ def _ray_trainer(work: _Work, monitor: Any) -> Any:
             name=CHECKPOINTS,
             storage_path=str(run.path),
             failure_config=ray.train.FailureConfig(max_failures=0, **_NO_ENDLESS_RETRY),
+            **_worker_environment(resources),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=job.train.keep_checkpoints),
         ),
         datasets={"train": stream},
         dataset_config=DealInOrder(),
     )
+
+
+def _worker_environment(resources: Resources) -> dict[str, Any]:
+    """Ray gives a worker OMP_NUM_THREADS=1. To raise the number later, in the process, leaves parts of the math
+    libraries at one thread (tests/bench/NOTES.md)."""
+    if resources.device == "gpu":
+        return {}
+    return {"worker_runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(resources.threads)}}}
 
 
 def _rows_in_first_segment(job: JobConfig, plan: Plan, encoder: SftEncoder) -> int:

@@ -23,6 +23,8 @@ class Resources:
     task_cpus: float
     """CPUs that each data task reserves; 0 where the workers hold all there are."""
     task_concurrency: int
+    threads: int
+    """Threads that a worker on CPU computes with: its share of the cores of the largest node."""
 
 
 def plan_resources(train: TrainConfig) -> Resources:
@@ -36,10 +38,13 @@ def plan_resources(train: TrainConfig) -> Resources:
         raise RequestError(f"train.device: gpu: the cluster has no GPU; it has {describe(total)}. Use cpu or auto")
     device = "gpu" if train.device != "cpu" and total.get("GPU") else "cpu"
     per_worker = {"CPU": train.cpus_per_worker} | ({"GPU": 1.0} if device == "gpu" else {})
+    cores = max((node["Resources"].get("CPU", 1.0) for node in ray.nodes() if node["Alive"]), default=1.0)
+    neighbours = max(1, min(train.workers, int(cores // train.cpus_per_worker)))
+    threads = max(1, int(cores) // neighbours)
     spare = total.get("CPU", 0.0) - train.workers * train.cpus_per_worker
     if spare >= 1:
-        return Resources(device, per_worker, 1.0, int(spare))
-    return Resources(device, per_worker, 0.0, 1)
+        return Resources(device, per_worker, 1.0, int(spare), threads)
+    return Resources(device, per_worker, 0.0, 1, threads)
 
 
 def require_resources(train: TrainConfig, resources: Resources, *, wait: bool) -> None:
