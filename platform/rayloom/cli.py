@@ -53,12 +53,13 @@ def train(job_file: str, overrides: tuple[str, ...], verbose: bool) -> None:
     """
     from rayloom.config.read import read_job
     from rayloom.train.driver import run_job
+    from rayloom.train.ray_session import JOB_CONFIG
 
     result = run_job(read_job(job_file, overrides), started=STARTED, verbose=verbose)
     if result["status"] == "stopped":
         kept = [override for override in overrides if not override.startswith(("overwrite=", "resume="))]
         again = f"to go on: rayloom train {' '.join([job_file, *kept])} resume=true"
-        if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # set by Ray Jobs: this is not the user's own command
+        if JOB_CONFIG in os.environ:  # started by Ray Jobs: this is not the user's own command
             again = "submit the job again with resume=true to go on"
         raise JobError(f"stopped after step {result['steps']}, with a checkpoint; {again}")
     click.echo(f"finished: {result['steps']} steps in {result['seconds']:.0f} s; the model is in {result['model_dir']}")

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rayloom.data import index
 from rayloom.data.example import Example
 from rayloom.data.segment import encode_segment, read_segment
-from rayloom.errors import RequestError
+from rayloom.errors import JobError, RequestError
 from rayloom.jobs.local_head import LocalHead
 from rayloom.methods.attach import attach_method
 from rayloom.stages.prepare import prepare_data
@@ -113,12 +113,12 @@ def test_zero_on_two_workers_equals_plain(
     assert [row["examples_seen"] for row in rows] == [row["examples_seen"] for row in expected]
 
 
-def test_accumulation_equals_one_large_batch(
-    plain: Any, tiny_model: Path, data: Any, mixed: dict[str, Any], tmp_path: Path
+@pytest.mark.parametrize("changed", [{"batch_size": 1, "gradient_accumulation": 2}, {"activation_checkpointing": True}])
+def test_what_must_not_change_the_losses(
+    changed: dict[str, Any], plain: Any, tiny_model: Path, data: Any, mixed: dict[str, Any], tmp_path: Path
 ) -> None:
     _, _, expected = plain
-    changed = {"max_steps": STEPS, "batch_size": 1, "gradient_accumulation": 2}
-    _, rows = run(job(tiny_model, tmp_path, data, data=mixed, train=changed))
+    _, rows = run(job(tiny_model, tmp_path, data, data=mixed, train={"max_steps": STEPS, **changed}))
     assert losses(rows) == pytest.approx(losses(expected), abs=1e-5)
 
 
@@ -161,11 +161,10 @@ def test_run_directory(plain: Any) -> None:
     assert (config.run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_shares_follow_the_weights(plain: Any) -> None:
-    _, result, _ = plain
-    seen = result["examples"]
-    total = sum(seen.values())
-    assert abs(seen["short"] - total / 4) <= 1 + total % 16  # exact in whole segments, shuffled within one
+def test_shares_follow_the_weights(tiny_model: Path, data: Any, tmp_path: Path) -> None:
+    config = job(tiny_model, tmp_path, data, data={"mix": "interleave_under", "cutoff": 256})
+    result, _ = run(config)
+    assert result["examples"] == {"short": 20, "long": 60}  # 1 : 3, to the end of the set that runs out first
 
 
 def test_the_adapter_loads_in_peft_and_merges(plain: Any, tiny_model: Path) -> None:
@@ -239,6 +238,22 @@ def test_a_stream_longer_than_one_execution(
     assert result["status"] == "finished"
     assert result["examples"] == {"short": 30, "long": 60}
     assert [row["step"] for row in rows] == list(range(1, result["steps"] + 1))
+
+
+def test_a_stretch_that_cannot_be_trained_on_ends_the_job(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "_SEGMENTS_AT_ONCE", 2)
+    path = write_rows(tmp_path / "rows.jsonl", 80)
+    config = job(tiny_model, tmp_path / "out", [{"path": str(path)}], data={"cutoff": 256}, train={"max_steps": 500})
+    plan, _ = prepare_data(config)
+    good = {address.row for address in plan.segment(0, 0)}
+    lines = path.read_text().splitlines()
+    long = json.dumps({"instruction": "long", "output": "stone " * 500})
+    path.write_text("\n".join(line if row in good else long for row, line in enumerate(lines)))
+    with pytest.raises(JobError, match="no example of 2 segments on end"):
+        run(config)
+    assert metrics(config)  # the first segment was trained on
 
 
 @pytest.mark.parametrize(("engine", "workers"), [("none", 1), ("zero2", 2)])

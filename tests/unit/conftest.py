@@ -7,6 +7,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+from tests.job_text import JOB
 from tests.tiny_model import make_tiny_model
 
 from rayloom.models.load import load_tokenizer
@@ -26,3 +27,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(tiny_model: Path) -> Any:
     return load_tokenizer(str(tiny_model))
+
+
+@pytest.fixture
+def job_file(tmp_path: Path) -> Path:
+    """The smallest job file (`tests.job_text.JOB`)."""
+    path = tmp_path / "job.yaml"
+    path.write_text(JOB, encoding="utf-8")
+    return path

@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rayloom.config.document import dump_document, parse_value
 from rayloom.config.job import JobConfig
 from rayloom.config.read import dump_job, read_job
-
-JOB = """\
-name: a
-model:
-  path: m
-data:
-  train:
-    - {path: x.jsonl}
-    - y.jsonl
-"""
-
-
-@pytest.fixture
-def job_file(tmp_path: Path) -> Path:
-    path = tmp_path / "job.yaml"
-    path.write_text(JOB, encoding="utf-8")
-    return path
-
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20) | st.sampled_from(
     [

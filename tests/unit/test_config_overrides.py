@@ -11,24 +11,6 @@ from rayloom.config.document import parse_value
 from rayloom.config.read import read_job
 from rayloom.errors import RequestError
 
-JOB = """\
-name: a
-model:
-  path: m
-data:
-  train:
-    - {path: x.jsonl}
-    - y.jsonl
-"""
-
-
-@pytest.fixture
-def job_file(tmp_path: Path) -> Path:
-    path = tmp_path / "job.yaml"
-    path.write_text(JOB, encoding="utf-8")
-    return path
-
-
 TOP = "name, output_dir, resume, overwrite, model, method, data, stage, train"
 
 

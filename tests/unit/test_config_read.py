@@ -5,28 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tests.job_text import JOB
 
 from rayloom.config.document import read_document
 from rayloom.config.job import JobConfig
 from rayloom.config.read import read_job
 from rayloom.errors import RequestError
-
-JOB = """\
-name: a
-model:
-  path: m
-data:
-  train:
-    - {path: x.jsonl}
-    - y.jsonl
-"""
-
-
-@pytest.fixture
-def job_file(tmp_path: Path) -> Path:
-    path = tmp_path / "job.yaml"
-    path.write_text(JOB, encoding="utf-8")
-    return path
 
 
 def refusal(path: Path, *overrides: str) -> list[str]:

@@ -9,7 +9,6 @@ large enough to mix and small enough to read. All of it is keyed by (seed, epoch
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -72,12 +71,15 @@ class Plan:
         """Segments in one epoch."""
         return -(-self.mixture.epoch_length // self.window)
 
-    def segment_keys(self, start: Position) -> Iterator[tuple[int, int]]:
-        """(epoch, segment) of every segment from `start` on, in order."""
-        epoch, segment = start.epoch, start.segment
-        while self.epochs is None or epoch < self.epochs:
-            yield from ((epoch, index) for index in range(segment, self.segments))
-            epoch, segment = epoch + 1, 0
+    def segment_after(self, start: Position, number: int) -> tuple[int, int]:
+        """(epoch, segment) of the `number`-th segment from `start` on; number 0 is `start`'s own."""
+        return divmod(start.epoch * self.segments + start.segment + number, self.segments)
+
+    def segments_left(self, start: Position) -> int | None:
+        """How many segments there are from `start` on, its own included; None: without end."""
+        if self.epochs is None:
+            return None
+        return max(0, (self.epochs - start.epoch) * self.segments - start.segment)
 
     def segment(self, epoch: int, index: int) -> list[RowAddress]:
         """The examples of one segment, in stream order."""

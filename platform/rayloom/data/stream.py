@@ -57,7 +57,7 @@ class _EncodeSegment:
 
     def _encode(self, number: int) -> pa.Table:
         plan: Plan = ray.get(self._plan)
-        epoch, segment = divmod(self._start.epoch * plan.segments + self._start.segment + number, plan.segments)
+        epoch, segment = plan.segment_after(self._start, number)
         try:
             table = encode_segment(plan, epoch, segment, self._encoder, **self._options)
         except RequestError as error:

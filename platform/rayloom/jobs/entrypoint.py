@@ -10,9 +10,7 @@ from typing import Any
 from rayloom.config.read import read_job
 from rayloom.errors import RequestError
 from rayloom.jobs.local_head import STOP_WAIT
-
-# Set by Ray Jobs in the processes that it starts.
-_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+from rayloom.train.ray_session import JOB_CONFIG
 
 
 def lasting_arguments(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], list[str]]:
@@ -29,10 +27,10 @@ def lasting_arguments(arguments: Sequence[str], environment: Mapping[str, str]) 
         The arguments, and what to tell the user.
     """
     words = [argument for argument in arguments if not argument.startswith("-")]
-    if _JOB_CONFIG not in environment or not words:
+    if JOB_CONFIG not in environment or not words:
         return list(arguments), []
     notes = []
-    runtime_env: dict[str, Any] = json.loads(environment[_JOB_CONFIG]).get("runtime_env") or {}
+    runtime_env: dict[str, Any] = json.loads(environment[JOB_CONFIG]).get("runtime_env") or {}
     if runtime_env.get("working_dir"):
         try:
             output_dir = Path(read_job(words[0], words[1:]).output_dir)

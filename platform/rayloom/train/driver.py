@@ -92,9 +92,8 @@ class _Work:
         and not used costs time that the training wants. At most `_SEGMENTS_AT_ONCE`, since Ray Data lists all its
         tasks up front. Where it was not enough, the job goes on from its checkpoint with the next segments.
         """
-        if self.plan.epochs is not None:
-            left = self.plan.epochs * self.plan.segments - (start.epoch * self.plan.segments + start.segment)
-        else:
+        left = self.plan.segments_left(start)
+        if left is None:
             train = self.job.train
             rows = (train.max_steps or 0) * train.workers * train.batch_size * train.gradient_accumulation
             left = 2 + 5 * rows // (4 * self.rows_per_segment)
@@ -124,22 +123,33 @@ class _Execution:
     def run(self) -> dict[str, Any]:
         """Train; return what `result.json` holds. On the way: metrics to file and screen, signals to the workers."""
         thread = threading.Thread(target=self._fit, daemon=True)
-        with _Signals(self._ask_to_stop):
-            thread.start()
-            while thread.is_alive():
-                thread.join(_POLL_SECONDS)
-                self._collect()
-        self._collect()
+        try:
+            with _Signals(self._ask_to_stop):
+                thread.start()
+                while thread.is_alive():
+                    thread.join(_POLL_SECONDS)
+                    self._collect()
+            self._collect()
+        except KeyboardInterrupt:
+            if not self._trains:
+                self._work.run.undo()
+            raise
         if isinstance(self._outcome, dict):
             return self._finish(self._outcome)
         raise self._failure(self._outcome)
 
     def _fit(self) -> None:
         try:
-            summary = None
+            steps, summary = -1, None
             while summary is None or not self._work.is_done(summary):
                 # Once more only where one execution of the pipeline was not enough: it goes on from the checkpoint.
                 summary = _ray_trainer(self._work, self._monitor).fit().return_value
+                if summary["steps"] == steps and not self._work.is_done(summary):
+                    raise JobError(
+                        f"no example of {_SEGMENTS_AT_ONCE} segments on end can "
+                        "be trained on: all are longer than data.cutoff or have no answer"
+                    )
+                steps = summary["steps"]
             self._outcome = summary
         except BaseException as error:
             self._outcome = error
@@ -149,9 +159,9 @@ class _Execution:
         self._monitor.request_stop.remote()
 
     def _collect(self) -> None:
-        import ray
+        from rayloom.train.monitor import answer
 
-        for event in ray.get(self._monitor.collect.remote(), timeout=60):
+        for event in answer(self._monitor.collect.remote(), "the driver"):
             if event["kind"] == "phase":
                 self._phases.setdefault(event["name"], event["time"])
             elif event["kind"] == "refused":
@@ -169,7 +179,7 @@ class _Execution:
         if self._refused is not None:
             run.undo()
             return self._refused
-        text = f"{type(error).__name__}: {error}"[-4000:]
+        text = (str(error) if isinstance(error, JobError) else f"{type(error).__name__}: {error}")[-4000:]
         if not self._trains and run.replaced is not None:
             run.undo()
             return JobError(f"{self._work.job.name} failed before its first step. {text}\nThe earlier run is kept")

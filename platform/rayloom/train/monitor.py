@@ -5,6 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import ray
+import ray.exceptions
+
+from rayloom.errors import JobError
+
+ANSWER_SECONDS = 120.0
 
 
 class Monitor:
@@ -33,5 +38,17 @@ class Monitor:
 
 
 def start_monitor() -> Any:
-    """Start the actor; it ends with the driver."""
-    return ray.remote(Monitor).options(num_cpus=0, max_concurrency=4).remote()
+    """Start the actor; it ends with the driver. One call at a time, so that no event falls between two."""
+    return ray.remote(Monitor).options(num_cpus=0).remote()
+
+
+def answer(call: Any, who: str) -> Any:
+    """The answer to a call of the monitor.
+
+    Raises:
+        JobError: there was none within `ANSWER_SECONDS`; says who waited.
+    """
+    try:
+        return ray.get(call, timeout=ANSWER_SECONDS)
+    except ray.exceptions.GetTimeoutError:
+        raise JobError(f"{who} waited {ANSWER_SECONDS:g} s for the driver's monitor, which does not answer") from None

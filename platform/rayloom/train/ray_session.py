@@ -23,7 +23,7 @@ _ENVIRONMENT = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
 }
 # Set where Ray Jobs started this driver; says which runtime environment the job already has.
-_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 def prepare_environment() -> None:
@@ -85,7 +85,7 @@ def _connected(verbose: bool, **options: Any) -> Iterator[None]:
 def _runtime_env() -> dict[str, Any]:
     """Give the workers this very package, unless the job that we run in has brought it."""
     environment: dict[str, Any] = {"env_vars": {"TOKENIZERS_PARALLELISM": "false"}}
-    brought = json.loads(os.environ.get(_JOB_CONFIG, "{}")).get("runtime_env", {})
+    brought = json.loads(os.environ.get(JOB_CONFIG, "{}")).get("runtime_env", {})
     if "py_modules" not in brought:
         environment["py_modules"] = [str(Path(rayloom.__file__).parent)]
     if "env_vars" in brought:  # Ray refuses to merge a variable that both set

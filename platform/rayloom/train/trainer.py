@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import ray
 import ray.train
 import torch
 import transformers
@@ -26,6 +25,7 @@ import transformers
 from rayloom.data.rows import collate
 from rayloom.train.config import TrainConfig
 from rayloom.train.meter import BatchCount, StreamMeter
+from rayloom.train.monitor import answer
 from rayloom.train.schedule import learning_rate_factor
 
 Batch = dict[str, torch.Tensor]
@@ -91,7 +91,7 @@ class StreamTrainer(transformers.Trainer):
         self, epoch_iterator: Iterator[pa.Table], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], torch.Tensor | None]:
         """The batches of one optimizer step, and the number of tokens that all ranks train in it."""
-        stop = bool(self.is_world_process_zero() and ray.get(self._monitor.stop_requested.remote()))
+        stop = bool(self.is_world_process_zero() and answer(self._monitor.stop_requested.remote(), "rank 0"))
         before = self._progress()
         while True:
             count = BatchCount(len(self.meter.examples))
@@ -158,7 +158,7 @@ class StreamTrainer(transformers.Trainer):
             "position": self.meter.position.as_dict(),
         }
         if self.is_world_process_zero():
-            ray.get(self._monitor.post.remote({"kind": "metrics", "row": row}))
+            answer(self._monitor.post.remote({"kind": "metrics", "row": row}), "rank 0")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save into this rank's own folder and hand it to Ray Train, which puts the ranks' files together."""

@@ -25,6 +25,7 @@ from rayloom.models.load import load_causal_lm, load_tokenizer, pad_token
 from rayloom.models.precision import Precision, choose_precision, computes_bf16
 from rayloom.train.deepspeed import deepspeed_config, engine_of
 from rayloom.train.meter import StreamMeter
+from rayloom.train.monitor import answer
 from rayloom.train.trainer import StreamTrainer
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -60,7 +61,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
     try:
         return _train(config)
     except RequestError as error:
-        ray.get(config["monitor"].post.remote({"kind": "refused", "messages": error.messages}))
+        answer(config["monitor"].post.remote({"kind": "refused", "messages": error.messages}), "a worker")
         raise
 
 
@@ -73,7 +74,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
     def phase(name: str) -> None:
         if rank == 0 and name not in reached:
             reached.add(name)
-            ray.get(monitor.post.remote({"kind": "phase", "name": name, "time": time.time()}))
+            answer(monitor.post.remote({"kind": "phase", "name": name, "time": time.time()}), "rank 0")
 
     phase("workers")
     shard: Any = ray.train.get_dataset_shard("train")  # a `rayloom.data.deal.Shard`
