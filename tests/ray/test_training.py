@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -232,9 +233,13 @@ def test_a_bad_row_met_while_training_is_a_request_error(
 def test_a_stream_longer_than_one_execution(
     tiny_model: Path, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "_SEGMENTS_AT_ONCE", 3)  # of six: the workers come back for the other three
+    monkeypatch.setattr(driver, "_SEGMENTS_AT_ONCE", 3)  # of six
+    executions = Mock(side_effect=driver._ray_trainer)
+    monkeypatch.setattr(driver, "_ray_trainer", executions)
     sets = [{"path": item["path"]} for item in data]
     result, rows = run(job(tiny_model, tmp_path, sets, data={"cutoff": 256}, train={"batch_size": 1}))
+    # Segments 0-2, 2-4, 4-5: a position at the end of a segment still names it.
+    assert executions.call_count == 3
     assert result["status"] == "finished"
     assert result["examples"] == {"short": 30, "long": 60}
     assert [row["step"] for row in rows] == list(range(1, result["steps"] + 1))

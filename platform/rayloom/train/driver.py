@@ -68,7 +68,7 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
         resources = plan_resources(job.train)
         choose_precision(job.train.precision, resources.device, bf16=resources.device == "gpu" or computes_bf16("cpu"))
         require_resources(job.train, resources, wait=not own_cluster)
-        work = _Work(job, open_run_dir(job, run), plan, encoder, rows_per_segment, resources)
+        work = _Work(job, open_run_dir(job, run), plan, encoder, rows_per_segment, resources, _SEGMENTS_AT_ONCE)
         reporter.say(f"{job.name}: {_describe(work)}")
         return _Execution(work, reporter, phases).run()
 
@@ -84,20 +84,22 @@ class _Work:
     rows_per_segment: int
     """Token rows in the stream's first segment: a measure of how dense the data is."""
     resources: Resources
+    segments_at_once: int
+    """Most segments of one execution of the pipeline: Ray Data lists all its tasks up front."""
 
     def segments(self, start: Position) -> int:
         """How many segments to make from `start` on, in one execution of the pipeline.
 
         The rest of the epochs; or, by steps, a quarter more than the first segment's density suggests: what is made
-        and not used costs time that the training wants. At most `_SEGMENTS_AT_ONCE`, since Ray Data lists all its
-        tasks up front. Where it was not enough, the job goes on from its checkpoint with the next segments.
+        and not used costs time that the training wants. Where it was not enough, the job goes on from its checkpoint
+        with the next segments.
         """
         left = self.plan.segments_left(start)
         if left is None:
             train = self.job.train
             rows = (train.max_steps or 0) * train.workers * train.batch_size * train.gradient_accumulation
             left = 2 + 5 * rows // (4 * self.rows_per_segment)
-        return min(left, _SEGMENTS_AT_ONCE)
+        return min(left, self.segments_at_once)
 
     def is_done(self, summary: dict[str, Any]) -> bool:
         """Whether the workers ended because there is nothing left to do, not because the pipeline had ended."""
@@ -146,7 +148,7 @@ class _Execution:
                 summary = _ray_trainer(self._work, self._monitor).fit().return_value
                 if summary["steps"] == steps and not self._work.is_done(summary):
                     raise JobError(
-                        f"no example of {_SEGMENTS_AT_ONCE} segments on end can "
+                        f"no example of {self._work.segments_at_once} segments on end can "
                         "be trained on: all are longer than data.cutoff or have no answer"
                     )
                 steps = summary["steps"]
