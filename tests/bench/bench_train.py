@@ -1,7 +1,7 @@
 """Training speed of the demo's configuration against a bare PyTorch loop on the same batches, and its start-up.
 
-Order of the runs: bare, Rayloom, bare; the ratio is taken against the mean of the two bare runs, so that a machine that
-slows down meanwhile does not decide it. Nothing else should run on the machine.
+The two take turns, three times each, and of each step the median counts: the same step trains on the same batch in
+every run, and a machine that slows down meanwhile slows both down. Nothing else should run on the machine.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import mean
+from statistics import median
 
 PROJECT = Path(__file__).resolve().parents[2]
+TURNS = 3
 WARM_UP = 2  # steps that are not counted: memory is laid out and kernels are chosen in them
+
+Steps = list[tuple[int, float]]
+"""Of each optimizer step: its tokens without padding, and its seconds."""
 
 
 def main() -> None:
@@ -30,23 +34,33 @@ def main() -> None:
     if options.bare:
         print(json.dumps(bare(options.steps)))
         return
-    before = run_bare(options.steps)
-    rayloom, result = run_rayloom(options.steps)
-    after = run_bare(options.steps)
-    print("\ndemo configuration, 1 worker, tokens/s without padding")
-    print(f"  bare PyTorch loop, before / after   {before:7.1f} / {after:.1f}")
-    print(f"  Rayloom ({result['engine']['class']}, {result['precision']})       {rayloom:7.1f}")
-    print(f"  ratio                               {rayloom / mean([before, after]):7.2f}   (at least 0.9)")
-    print("\nseconds from `rayloom train` to the end of the first optimizer step")
-    phases = result["seconds_to_first_step"]
+    bare_runs, rayloom_runs, results = [], [], []
+    for turn in range(1, TURNS + 1):
+        bare_runs.append(run_bare(options.steps))
+        print(f"turn {turn} of {TURNS}: bare loop {speed(bare_runs[-1:]):.1f} tokens/s", flush=True)
+        steps, result = run_rayloom(options.steps)
+        rayloom_runs.append(steps)
+        results.append(result)
+        print(f"turn {turn} of {TURNS}: Rayloom {speed(rayloom_runs[-1:]):.1f} tokens/s", flush=True)
+    engine = f"{results[-1]['engine']['class']}, {results[-1]['precision']}"
+    print("\ndemo configuration, 1 worker, tokens/s without padding, the median of each step")
+    print(f"  bare PyTorch loop                    {speed(bare_runs):7.1f}")
+    print(f"  Rayloom ({engine})        {speed(rayloom_runs):7.1f}")
+    print(f"  ratio                                {speed(rayloom_runs) / speed(bare_runs):7.3f}   (at least 0.9)")
+    print("\nseconds from `rayloom train` to the end of the first optimizer step, the median of each phase")
+    phases = {
+        name: median(result["seconds_to_first_step"][name] for result in results)
+        for name in results[-1]["seconds_to_first_step"]
+    }
     for name, seconds in phases.items():
         print(f"  {name:<12} {seconds:6.1f}")
     print(f"  {'in all':<12} {sum(phases.values()):6.1f}")
 
 
-def speed(tokens: list[int], times: list[float]) -> float:
-    """Tokens per second over the steps after the warm-up; `times[i]` is the clock at the end of step i."""
-    return (tokens[-1] - tokens[WARM_UP - 1]) / (times[-1] - times[WARM_UP - 1])
+def speed(runs: list[Steps]) -> float:
+    """Tokens per second after the warm-up, with the median of every step's seconds over the runs."""
+    steps = list(zip(*runs, strict=True))[WARM_UP:]
+    return sum(step[0][0] for step in steps) / sum(median(seconds for _, seconds in step) for step in steps)
 
 
 def arguments(steps: int, output: str) -> list[str]:
@@ -59,28 +73,26 @@ def arguments(steps: int, output: str) -> list[str]:
     ]
 
 
-def run_rayloom(steps: int) -> tuple[float, dict]:
-    """Tokens per second of `rayloom train`, and its `result.json`."""
+def run_rayloom(steps: int) -> tuple[Steps, dict]:
+    """The steps of `rayloom train`, and its `result.json`."""
     with tempfile.TemporaryDirectory() as output:
-        subprocess.run([sys.executable, "-m", "rayloom", "train", *arguments(steps, output)], cwd=PROJECT, check=True)
+        command = [sys.executable, "-m", "rayloom", "train", *arguments(steps, output)]
+        subprocess.run(command, cwd=PROJECT, check=True, stdout=subprocess.DEVNULL)
         run = Path(output) / "bench"
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][WARM_UP - 1 :]
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         result = json.loads((run / "result.json").read_text())
-    tokens = [row["tokens"] for row in rows]
-    seconds = [
-        (row["tokens"] - before["tokens"]) / row["tokens_per_second"] for before, row in itertools.pairwise(rows)
-    ]
-    return (tokens[-1] - tokens[0]) / sum(seconds), result
+    tokens = [row["tokens"] - before for row, before in zip(rows, [0, *(row["tokens"] for row in rows)], strict=False)]
+    return [(count, count / row["tokens_per_second"]) for count, row in zip(tokens, rows, strict=True)], result
 
 
-def run_bare(steps: int) -> float:
-    """Tokens per second of the bare loop, in a process of its own."""
+def run_bare(steps: int) -> Steps:
+    """The steps of the bare loop, in a process of its own."""
     command = [sys.executable, __file__, "--bare", "--steps", str(steps)]
     output = subprocess.run(command, cwd=PROJECT, check=True, capture_output=True, text=True).stdout
-    return float(json.loads(output.splitlines()[-1]))
+    return [(int(tokens), seconds) for tokens, seconds in json.loads(output.splitlines()[-1])]
 
 
-def bare(steps: int) -> float:
+def bare(steps: int) -> Steps:
     """The loop that one would write by hand: same model, same rows, AdamW, no framework around it."""
     import torch
 
@@ -106,17 +118,17 @@ def bare(steps: int) -> float:
     model = attach_method(load_causal_lm(job.model.path, dtype), job.method).to(dtype).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=job.train.learning_rate)
-    tokens, times, total = [], [], 0
+    measured, before = [], time.perf_counter()
     for table in tables:
         batch = {name: torch.from_numpy(array) for name, array in collate(table, padding).items()}
         model(**batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, job.train.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        total += sum(len(ids) for ids in table["input_ids"])
-        tokens.append(total)
-        times.append(time.perf_counter())
-    return speed(tokens, times)
+        now = time.perf_counter()
+        measured.append((sum(len(ids) for ids in table["input_ids"]), now - before))
+        before = now
+    return measured
 
 
 if __name__ == "__main__":

@@ -22,13 +22,11 @@ import ray.train
 import torch
 import transformers
 
-from rayloom.data.rows import collate
+from rayloom.train.batch import Batch, TrainedPositions, make_batch
 from rayloom.train.config import TrainConfig
 from rayloom.train.meter import BatchCount, StreamMeter
 from rayloom.train.monitor import answer
 from rayloom.train.schedule import learning_rate_factor
-
-Batch = dict[str, torch.Tensor]
 
 
 class ProgressSchedule:
@@ -78,6 +76,7 @@ class StreamTrainer(transformers.Trainer):
         self._schedule: ProgressSchedule | None = None
         self._monitor = monitor
         self._pad_token = pad_token
+        self._trained_positions = TrainedPositions(kw["model"])
         self._saved_step = -1
         self._log_clock: tuple[float, int] | None = None  # (time, tokens) of the row before; set by the first batch
         self.stopped = False
@@ -108,12 +107,9 @@ class StreamTrainer(transformers.Trainer):
             step.add_to(self.meter)
             if step.trained_tokens:
                 break  # else all of these examples were left out: take the next ones
-        batches = [
-            {name: torch.from_numpy(array) for name, array in collate(table, self._pad_token).items()}
-            for table in tables
-        ]
+        batches = [make_batch(table, self._pad_token) for table in tables]
         while len(batches) < num_batches:  # the stream ended within a step: fill it up with what trains nothing
-            batches.append({**batches[-1], "labels": torch.full_like(batches[-1]["labels"], -100)})
+            batches.append(make_batch(tables[-1].slice(0, 0), self._pad_token))
         assert self._schedule is not None  # made before the first step
         middle = (before + self._progress(1)) / 2
         self._schedule.set(learning_rate_factor(middle, self._settings.scheduler, self._settings.warmup))
@@ -129,6 +125,11 @@ class StreamTrainer(transformers.Trainer):
         self.control.should_training_stop = True
         self.control.should_log = True
         self.control.should_save = self.state.global_step > max(0, self._saved_step)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's own loss, at the trained positions."""
+        self._trained_positions.choose(inputs.pop("positions"))
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     # --- learning rate, metrics, checkpoints -------------------------------------------------------------------------
 

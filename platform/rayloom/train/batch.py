@@ -1,0 +1,52 @@
+"""From token rows to what a causal model is called with, and to no more logits than the loss needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from rayloom.data.rows import IGNORED, collate
+
+Batch = dict[str, torch.Tensor]
+
+
+def make_batch(table: pa.Table, pad_token: int) -> Batch:
+    """The rows of `table`, padded: `input_ids`, `position_ids` (batch, length), and of the rest only what is trained.
+
+    The output layer and the softmax over the vocabulary are a large part of a small model's work and of any model's
+    memory; at a position whose next token has no label they compute what the loss throws away. So a batch says where
+    its trained tokens are: `positions` (kept,), numbers into the flattened (batch * length); `shift_labels` and
+    `labels` (1, kept), the token that each of them must predict. `labels` is there because models compute a loss only
+    where they are given some. `TrainedPositions` makes a model follow. The loss is the same sum.
+    """
+    batch = {name: torch.from_numpy(array) for name, array in collate(table, pad_token).items()}
+    targets = torch.nn.functional.pad(batch.pop("labels")[:, 1:], (0, 1), value=IGNORED).flatten()
+    positions = (targets != IGNORED).nonzero().squeeze(-1)
+    if len(positions) == 0:  # nothing is trained; one logit keeps the graph whole
+        positions = torch.zeros(1, dtype=torch.long)
+    kept = targets[positions].unsqueeze(0)
+    return {**batch, "labels": kept, "shift_labels": kept, "positions": positions}
+
+
+class TrainedPositions:
+    """Lets a causal model's output layer see the hidden states at chosen positions only.
+
+    A forward hook on the output layer, and not the models' own argument `logits_to_keep`, which chooses the same
+    columns for all rows of a batch: in packed rows these are nearly all. What a model does to its logits afterwards
+    (a scale, a soft cap) it does to each by itself, so it still holds.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._positions: torch.Tensor | None = None
+        model.get_output_embeddings().register_forward_pre_hook(self._choose)
+
+    def choose(self, positions: torch.Tensor | None) -> None:
+        """Positions (kept,) of the next forward pass, in the flattened (batch * length); None: all of them."""
+        self._positions = positions
+
+    def _choose(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        if self._positions is None:
+            return None
+        return (inputs[0].flatten(0, 1)[self._positions].unsqueeze(0), *inputs[1:])

@@ -1,0 +1,61 @@
+"""A batch holds what the loss needs, and a model that follows it computes the same loss and the same gradients."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rayloom.data.rows import SCHEMA, collate
+from rayloom.train.batch import TrainedPositions, make_batch
+
+ROWS = [
+    {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, 7, -100, 9], "position_ids": [0, 1, 2, 0, 1]},
+    {"input_ids": [3, 4, 5], "labels": [3, -100, 5], "position_ids": [0, 1, 2]},
+]
+
+
+def table(rows: list[dict[str, list[int]]]) -> pa.Table:
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def test_positions_are_those_whose_next_token_is_trained():
+    batch = make_batch(table(ROWS), pad_token=0)
+    assert batch["positions"].tolist() == [
+        1,
+        3,
+        6,
+    ]  # the second row begins at 5; its own first label counts for nothing
+    assert batch["labels"].tolist() == batch["shift_labels"].tolist() == [[7, 9, 5]]
+    assert batch["input_ids"].shape == batch["position_ids"].shape == (2, 5)
+
+
+@pytest.mark.parametrize("rows", [[], [{"input_ids": [1, 2], "labels": [-100, -100], "position_ids": [0, 1]}]])
+def test_a_batch_that_trains_nothing_keeps_one_position(rows):
+    batch = make_batch(table(rows), pad_token=0)
+    assert batch["positions"].tolist() == [0]
+    assert batch["labels"].tolist() == [[-100]]
+
+
+def test_the_loss_and_its_gradients_are_those_of_all_logits(tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64, use_cache=False)
+    whole = {name: torch.from_numpy(array) for name, array in collate(table(ROWS), 0).items()}
+    trained = torch.tensor(3)
+    expected = model(**whole, num_items_in_batch=trained)
+    expected.loss.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+
+    head = TrainedPositions(model)
+    batch = make_batch(table(ROWS), 0)
+    head.choose(batch.pop("positions"))
+    output = model(**batch, num_items_in_batch=trained)
+    output.loss.backward()
+    assert output.logits.shape[:2] == (1, 3)
+    torch.testing.assert_close(output.loss, expected.loss)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], msg=name)
+
+    head.choose(None)
+    assert model(**whole).logits.shape[:2] == (2, 5)
