@@ -178,6 +178,61 @@ def preview_(job_file: str, overrides: tuple[str, ...], rows: int) -> None:
     preview(read_job(job_file, overrides), rows, Console())
 
 
+@data.command()
+@JOB_FILE
+@OVERRIDES
+def prepare(job_file: str, overrides: tuple[str, ...]) -> None:
+    """Tokenize the job's training data once, on the cluster that RAY_ADDRESS names, else here.
+
+    Jobs with the same data, template, tokenizer and cutoff find the tokens by themselves (data.store).
+
+    \b
+    rayloom data prepare jobs/demo.yaml
+    """
+    from rich.console import Console
+
+    from rayloom.config.read import read_job
+    from rayloom.train.preparation import prepare as prepare_sets
+
+    prepare_sets(read_job(job_file, overrides), Console())
+
+
+@data.command()
+@JOB_FILE
+@OVERRIDES
+@click.option("--picture", type=click.Path(dir_okay=False), help="Draw the lengths into this .png file.")
+def stats(job_file: str, overrides: tuple[str, ...], picture: str | None) -> None:
+    """Measure every row: tokens, lengths, what is cut or left out, what is trained, and what is there twice.
+
+    It runs on the cluster that RAY_ADDRESS names, else on a private local Ray.
+
+    \b
+    rayloom data stats jobs/demo.yaml --picture lengths.png
+    """
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from rayloom.config.read import read_job
+    from rayloom.train.statistics import draw, measure, show
+
+    job, console = read_job(job_file, overrides), Console()
+    statistics = measure(job, console)
+    show(statistics, job.data.cutoff, console)
+    if picture:
+        draw(statistics, job.data.cutoff, Path(picture))
+        click.echo(f"drawn: {picture}")
+
+
+@cli.command()
+def templates() -> None:
+    """List the chat templates that `data.template` may name."""
+    from rayloom.data.template_library import template_names
+
+    for name, aliases in template_names():
+        click.echo(f"{name}  (also {', '.join(aliases)})" if aliases else name)
+
+
 @cli.command()
 @click.option("--job", "job_file", metavar="JOB.yaml", help="Also check what this job needs.")
 def doctor(job_file: str | None) -> None:

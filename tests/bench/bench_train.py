@@ -98,12 +98,14 @@ def bare(steps: int) -> Steps:
 
     from rayloom.config.read import read_job
     from rayloom.data.deal import deal
+    from rayloom.data.plan import Position
     from rayloom.data.rows import collate
-    from rayloom.data.segment import encode_segment
+    from rayloom.data.segment import EncodeSegment
+    from rayloom.data.walk import Walk
     from rayloom.methods.attach import attach_method
     from rayloom.models.load import load_causal_lm, load_tokenizer, pad_token
     from rayloom.models.precision import choose_precision, computes_bf16
-    from rayloom.stages.prepare import prepare_data
+    from rayloom.stages.prepare import prepare_data, segment_options
 
     file, *overrides = arguments(steps, "runs")
     job = read_job(file, overrides)
@@ -112,7 +114,8 @@ def bare(steps: int) -> Steps:
         choose_precision(job.train.precision, "cpu", bf16=computes_bf16("cpu"))
     ]
     plan, encoder = prepare_data(job)
-    blocks = (encode_segment(plan, 0, k, encoder, cutoff=job.data.cutoff, packing=True) for k in range(plan.segments))
+    work = EncodeSegment(encoder, segment_options(job))
+    blocks = (work(plan, segment) for segment in Walk(plan).segments(Position()))
     tables = list(itertools.islice(deal(blocks, 0, 1, job.train.batch_size), steps))
     padding = pad_token(load_tokenizer(job.model.path))
     model = attach_method(load_causal_lm(job.model.path, dtype), job.method).to(dtype).train()

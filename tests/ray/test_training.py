@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -21,13 +22,17 @@ from safetensors.torch import load_file
 from tests.ray.small_jobs import job, metrics, plain_losses, run, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rayloom.config.job import JobConfig
 from rayloom.data import index
 from rayloom.data.example import Example
-from rayloom.data.segment import encode_segment, read_segment
+from rayloom.data.plan import Position
+from rayloom.data.rows import row_id
+from rayloom.data.segment import EncodeSegment, read_segment
+from rayloom.data.walk import Walk
 from rayloom.errors import JobError, RequestError
 from rayloom.jobs.local_head import LocalHead
 from rayloom.methods.attach import attach_method
-from rayloom.stages.prepare import prepare_data
+from rayloom.stages.prepare import eval_options, prepare_data, prepare_eval, segment_options
 from rayloom.train import driver
 
 STEPS = 4
@@ -75,9 +80,11 @@ def test_losses_equal_a_loop_without_packing(plain: Any, tiny_model: Path) -> No
     plan, encoder = prepare_data(config)
     # The same examples, step by step, found from the positions that the run reported.
     taken: list[list[Example]] = []
-    segments = [(0, index) for index in range(plan.segments)]
-    tables = [encode_segment(plan, *key, encoder, cutoff=128, packing=True) for key in segments]
-    by_row = {(data_set, row): example for key in segments for data_set, row, example in read_segment(plan, *key)}
+    options = segment_options(config)
+    segments = list(itertools.islice(Walk(plan).segments(Position()), 12))  # more than the steps take
+    tables = [EncodeSegment(encoder, options)(plan, segment) for segment in segments]
+    items = [item for segment in segments for item in read_segment(plan, segment, options)]
+    by_row = {(item.set, item.row): item.example for item in items}
     stream = [row for table in tables for row in table.to_pylist()]
     for step in range(STEPS):
         members = [
@@ -90,7 +97,8 @@ def test_losses_equal_a_loop_without_packing(plain: Any, tiny_model: Path) -> No
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     model = attach_method(model, config.method)
     # LoRA's A factors are drawn at random, after seeding, loading and attaching in this order, as in the worker.
-    expected = plain_losses(model, [encoder.encode(examples) for examples in taken], config)
+    steps = [[(one.input_ids, one.labels) for one in encoder.encode(examples, 128)] for examples in taken]
+    expected = plain_losses(model, steps, config)
     assert losses(rows) == pytest.approx(expected, abs=1e-5)
     assert result["engine"] == {"class": "DistributedDataParallel", "zero_stage": 0}
 
@@ -136,7 +144,7 @@ def test_an_epoch_on_two_workers_sees_each_example_once(tiny_model: Path, data: 
     result, rows = run(config)
     assert result["examples"] == {"short": 60, "long": 120}
     assert rows[-1]["epoch"] == pytest.approx(2)
-    assert result["position"] == {"epoch": 1, "segment": 5, "row": result["position"]["row"]}
+    assert (result["position"]["epoch"], result["position"]["segment"]) == (1, 5)
     assert result["engine"]["class"] == "DistributedDataParallel"
     model = AutoModelForCausalLM.from_pretrained(config.run_dir / "model")
     assert result["parameters"]["trained"] == sum(p.numel() for p in model.parameters())
@@ -146,6 +154,7 @@ def test_run_directory(plain: Any) -> None:
     config, result, rows = plain
     assert sorted(path.name for path in config.run_dir.iterdir()) == [
         "checkpoints",
+        "data.json",
         "job.yaml",
         "loss.png",
         "metrics.jsonl",
@@ -220,8 +229,8 @@ def test_a_bad_row_met_while_training_is_a_request_error(
     monkeypatch.setattr(index, "CHECKED_BYTES", 0)  # as if the row stood behind the part that is checked up front
     path = write_rows(tmp_path / "rows.jsonl", 80)
     config = job(tiny_model, tmp_path / "out", [{"path": str(path)}])
-    plan, _ = prepare_data(config)
-    bad = plan.segment(0, plan.segments - 1)[0].row
+    plan, _ = prepare_data(config.model_copy(update={"train": config.train.model_copy(update={"max_steps": None})}))
+    bad = int(list(Walk(plan).segments(Position()))[-1].rows[0])
     lines = path.read_text().splitlines()
     lines[bad] = '{"instruction": "and no answer"}'
     path.write_text("\n".join(lines))
@@ -234,8 +243,8 @@ def test_a_stream_longer_than_one_execution(
     tiny_model: Path, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(driver, "_SEGMENTS_AT_ONCE", 3)  # of six
-    executions = Mock(side_effect=driver._ray_trainer)
-    monkeypatch.setattr(driver, "_ray_trainer", executions)
+    executions = Mock(side_effect=driver.ray_trainer)
+    monkeypatch.setattr(driver, "ray_trainer", executions)
     sets = [{"path": item["path"]} for item in data]
     result, rows = run(job(tiny_model, tmp_path, sets, data={"cutoff": 256}, train={"batch_size": 1}))
     # Segments 0-2, 2-4, 4-5: a position at the end of a segment still names it.
@@ -252,13 +261,93 @@ def test_a_stretch_that_cannot_be_trained_on_ends_the_job(
     path = write_rows(tmp_path / "rows.jsonl", 80)
     config = job(tiny_model, tmp_path / "out", [{"path": str(path)}], data={"cutoff": 256}, train={"max_steps": 500})
     plan, _ = prepare_data(config)
-    good = {address.row for address in plan.segment(0, 0)}
+    segment, _ = Walk(plan).step(Position())
+    good = set(segment.rows.tolist())
     lines = path.read_text().splitlines()
-    long = json.dumps({"instruction": "long", "output": "stone " * 500})
-    path.write_text("\n".join(line if row in good else long for row, line in enumerate(lines)))
+    plain_text = json.dumps({"instruction": "", "output": ""}).ljust(80)  # the chunks must stay what they were
+    path.write_text("\n".join(line if row in good else plain_text for row, line in enumerate(lines)))
     with pytest.raises(JobError, match="no example of 2 segments on end"):
         run(config)
     assert metrics(config)  # the first segment was trained on
+
+
+def examples_in_order(config: JobConfig) -> list[tuple[int, str]]:
+    """(set, row) of every example trained on, in stream order, from the manifest."""
+    rows = [json.loads(line) for line in (config.run_dir / "manifest.jsonl").read_text().splitlines()]
+    return [tuple(name) for row in sorted(rows, key=lambda row: (row["step"], row["rank"])) for name in row["examples"]]
+
+
+def test_another_number_of_workers_goes_on_in_the_same_order(tiny_model: Path, data: Any, tmp_path: Path) -> None:
+    data_part = {"mix": "interleave_over", "manifest": True}
+    train = {"workers": 2, "batch_size": 1, "max_steps": 9}
+    config = job(tiny_model, tmp_path, data, data=data_part, train=train)
+    run(config)
+    more = config.train.model_copy(update={"workers": 1, "max_steps": 80})  # into the second epoch
+    resumed = config.model_copy(update={"resume": True, "train": more})
+    result, _ = run(resumed)
+    plan, encoder = prepare_data(resumed)
+    expected = []
+    for segment in Walk(plan).segments(Position()):
+        table = EncodeSegment(encoder, segment_options(resumed))(plan, segment)
+        expected += [(s, r) for row in table.to_pylist() for s, r in zip(row["sets"], row["rows"], strict=True)]
+        if segment.start.epoch > result["position"]["epoch"]:
+            break
+    seen = [(s, row_id(*map(int, name.split(":")))) for s, name in examples_in_order(resumed)]
+    assert seen == expected[: len(seen)]
+    assert len(seen) == sum(result["examples"].values())
+    assert result["position"]["epoch"] >= 1
+
+
+def test_evaluation_on_what_is_held_out_and_bad_rows_counted(tiny_model: Path, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", 60)
+    with path.open("a") as file:
+        file.write("no json\n" + json.dumps({"instruction": "no answer"}) + "\n")
+    config = job(
+        tiny_model,
+        tmp_path,
+        [{"path": str(path)}],
+        data={"held_out": 0.2, "on_bad_row": "skip"},
+        train={"workers": 2, "eval_steps": 2},
+    )
+    result, rows = run(config)
+    held_out = result["held_out"]["rows"]
+    assert 4 <= held_out <= 20  # 12 +- 3 by chance
+    assert result["examples"]["rows"] == 60 - held_out
+    assert result["dropped"]["rows"]["cannot be read"] == result["dropped"]["rows"]["does not fit its format"] == 1
+    evaluations = [row for row in rows if "eval_loss" in row]
+    assert len(evaluations) >= 2
+    assert result["eval"]["eval_loss"] == evaluations[-1]["eval_loss"]
+
+    # The same number by hand, from the adapter that was saved.
+    plan = prepare_eval(config)
+    assert plan is not None
+    _, encoder = prepare_data(config)
+    options = eval_options(config)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, config.run_dir / "model").eval()
+    total = tokens = 0.0
+    for segment in Walk(plan).segments(Position()):
+        for row in EncodeSegment(encoder, options)(plan, segment).to_pylist():
+            if row["input_ids"]:
+                labels = torch.tensor(row["labels"][1:])
+                with torch.no_grad():
+                    logits = model(torch.tensor([row["input_ids"]]), use_cache=False).logits[0, :-1]
+                total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+                tokens += int((labels >= 0).sum())
+    assert result["eval"]["eval_loss"] == pytest.approx(total / tokens, abs=1e-5)
+
+
+def test_pretraining_on_plain_text(tiny_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"river {n} stone lamp " * (n % 40 + 1) + "\n" for n in range(30)))
+    config = job(tiny_model, tmp_path, [{"path": str(path)}], data={"cutoff": 64}, stage={"type": "pretrain"})
+    result, _ = run(config)
+    assert result["examples"] == {"text": 30}
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    lengths = [len(tokenizer(line).input_ids) for line in path.read_text().splitlines()]
+    # Every token but a text's first is learnt once, its end of sequence too; rows overlap by a token that is not.
+    learnt_at_row_starts = result["trained_tokens"]
+    assert learnt_at_row_starts == sum(lengths)
 
 
 @pytest.mark.parametrize(("engine", "workers"), [("none", 1), ("zero2", 2)])

@@ -53,8 +53,9 @@ FILES = {
     "column.jsonl": lines({"instruction": "Q", "output": "A"}, {"instruction": "Q", "answer": "A"}),
     "order.jsonl": lines(GOOD, GOOD, {"messages": [TURN["user"], TURN["user"], TURN["assistant"]]}),
     "system.jsonl": lines({"messages": [{"role": "system", "content": "S"}, TURN["user"], TURN["assistant"]]}),
-    "untold.jsonl": lines({"text": "Hi"}),
+    "untold.jsonl": lines({"body": "Hi"}),
     "text.txt": "Hi",
+    "data.xls": "Hi",
     "broken.jinja": "{% for message in messages %}\n{{ message.content }}\n{% endif %}",
     "marks_nothing.jinja": "{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}{% endgeneration %}",
     "no_system.jinja": "{% if messages[0].role == 'system' %}{{ raise_exception('No system message') }}{% endif %}"
@@ -134,7 +135,7 @@ def test_job_files(refused, job_file, message):
 def test_every_fault_has_its_own_line(refused):
     assert refused("train", "HERE/faults.yaml") == [
         "HERE/faults.yaml:10: unknown key 'method.rank'; known here: type",
-        "HERE/faults.yaml:9: stage.type: unknown 'dpo'; known here: sft",
+        "HERE/faults.yaml:9: stage.type: unknown 'dpo'; known here: pretrain, sft",
     ]
 
 
@@ -148,11 +149,12 @@ def test_every_fault_has_its_own_line(refused):
         ("train.workers=0", "OVERRIDE: train.workers: must be at least 1, not 0"),
         ("data.train[0].weight=0", "OVERRIDE: data.train[0].weight: must be above 0, not 0"),
         ("data.train[0].weight=-2", "OVERRIDE: data.train[0].weight: must be above 0, not -2"),
-        ("stage.type=dpo", "OVERRIDE: stage.type: unknown 'dpo'; known here: sft"),
+        ("stage.type=dpo", "OVERRIDE: stage.type: unknown 'dpo'; known here: pretrain, sft"),
         ("method.type=dora", "OVERRIDE: method.type: unknown 'dora'; did you mean 'lora'?"),
         (
             "data.train[0].format=csv",
-            "OVERRIDE: data.train[0].format: unknown 'csv'; known here: auto, alpaca, sharegpt, openai",
+            "HERE/job.yaml:4: data: good: unknown format 'csv'; known are auto, alpaca, sharegpt, "
+            "openai, text, or name a file of your own `converters`",
         ),
         (
             "name=../run",
@@ -174,7 +176,11 @@ def test_every_fault_has_its_own_line(refused):
         ),
         # the data
         ("data.train=[HERE/nope.jsonl]", "HERE/nope.jsonl: no such data file"),
-        ("data.train=[HERE/text.txt]", "HERE/text.txt: cannot read .txt; give .jsonl or .json"),
+        (
+            "data.train=[HERE/data.xls]",
+            "HERE/data.xls: cannot read .xls; known are .jsonl, .ndjson, .json, .csv, .tsv, .txt (each also with "
+            ".gz or .zst), .parquet and .arrow",
+        ),
         ("data.train=[HERE/empty.jsonl]", "HERE/empty.jsonl: is empty; a data set needs at least one row"),
         (
             "data.train=[HERE/broken.jsonl]",
@@ -197,27 +203,30 @@ def test_every_fault_has_its_own_line(refused):
         ),
         (
             "data.train=[HERE/untold.jsonl]",
-            "HERE/untold.jsonl:1: row 1: cannot tell the format of HERE/untold.jsonl from the columns 'text'; "
-            "known are 'instruction' (alpaca), 'conversations' (sharegpt), 'messages' (openai), or name a `format`",
+            "HERE/untold.jsonl:1: row 1: cannot tell the format of HERE/untold.jsonl from the columns 'body'; "
+            "known are 'instruction' (alpaca), 'conversations' (sharegpt), 'messages' (openai), 'text' (text), or "
+            "name a `format`",
         ),
         (
             "data.cutoff=8",
-            "data.cutoff: none of the first 5 examples can be trained on: 5 are longer than the cutoff of 8 tokens, "
-            "0 have no token to train; raise data.cutoff or mend the data",
+            "data.cutoff: none of the first 5 examples can be trained on: 5 longer than the cutoff "
+            "(8 tokens); raise data.cutoff or mend the data",
         ),
         (
             "data.template=HERE/marks_nothing.jinja",
-            "data.cutoff: none of the first 5 examples can be trained on: 0 are longer than the cutoff of 2048 tokens, "
-            "5 have no token to train; raise data.cutoff or mend the data",
+            "data.cutoff: none of the first 5 examples can be trained on: 5 nothing to train (2048 tokens); "
+            "raise data.cutoff or mend the data",
         ),
         # the template
         (
-            "data.template=chatml",
-            "data.template: unknown 'chatml'; give `auto` or the path of a .jinja file that exists",
+            "data.template=lama3",
+            "data.template: unknown 'lama3'; did you mean 'llama3'? Give `auto`, a name that `rayloom templates` "
+            "lists, or the path of a .jinja file that exists",
         ),
         (
             "data.template=HERE/nope.jinja",
-            "data.template: unknown 'HERE/nope.jinja'; give `auto` or the path of a .jinja file that exists",
+            "data.template: unknown 'HERE/nope.jinja'; give `auto`, a name that `rayloom templates` lists, or the "
+            "path of a .jinja file that exists",
         ),
         (
             "data.template=HERE/broken.jinja",
@@ -240,7 +249,7 @@ def test_overrides(refused, override, message):
 def test_a_template_that_refuses_the_data(refused):
     overrides = ["data.template=HERE/no_system.jinja", "data.train=[HERE/system.jsonl]"]
     assert refused("train", "HERE/job.yaml", *overrides) == [
-        "data.template: the chat template refuses a conversation with the roles system, user, assistant: "
+        "HERE/system.jsonl:1: row 1: the chat template refuses a conversation with the roles system, user, assistant: "
         "No system message"
     ]
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from rayloom.config.document import dump_document, parse_value
 from rayloom.config.job import JobConfig
 from rayloom.config.read import dump_job, read_job
+from rayloom.data.config import DatasetConfig
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20) | st.sampled_from(
     [
@@ -88,7 +89,9 @@ def test_a_dumped_job_says_every_value(job_file):
     assert list(dumped) == list(JobConfig.model_fields)
     for part in ("data", "train", "method"):
         assert list(dumped[part]) == list(type(getattr(job, part)).model_fields)
-    assert dumped["data"]["train"][1] == {"path": "y.jsonl", "format": "auto", "weight": None, "name": "y"}
+    second = dumped["data"]["train"][1]
+    assert list(second) == list(DatasetConfig.model_fields)
+    assert (second["path"], second["format"], second["weight"], second["name"]) == ("y.jsonl", "auto", None, "y")
 
 
 PLAIN = st.recursive(

@@ -173,7 +173,7 @@ TOP = "name, output_dir, resume, overwrite, model, method, data, stage, train"
         ("method: {dropout: -0.5}", "method.dropout: must be at least 0, not -0.5"),
         ("method: {alpha: 0}", "method.alpha: must be above 0, not 0"),
         ("method: {rank: 5000}", "method.rank: must be at most 4096, not 5000"),
-        ("stage: {type: dpo}", "stage.type: unknown 'dpo'; known here: sft"),
+        ("stage: {type: dpo}", "stage.type: unknown 'dpo'; known here: pretrain, sft"),
         ("stage: sft", "stage: must be a mapping of keys, not 'sft'"),
         (
             "train: {scheduler: cosin}",
@@ -233,7 +233,6 @@ def test_names_that_are_no_folder(job_file, name, message):
         ("[{path: x, weight: 0}]", "data.train[0].weight: must be above 0, not 0"),
         ("[{path: x, weight: -1}]", "data.train[0].weight: must be above 0, not -1"),
         ("[{path: x, weight: .inf}]", "data.train[0].weight: must be a finite number, not inf"),
-        ("[{path: x, format: csv}]", "data.train[0].format: unknown 'csv'; known here: auto, alpaca, sharegpt, openai"),
         ("[{path: x, formt: auto}]", "unknown key 'data.train[0].formt'; did you mean 'format'?"),
         ("[a/x.jsonl, b/x.json]", "data.train: two data sets are named 'x'; give one of them another `name`"),
     ],

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rayloom.data.description import Columns, Description, read_descriptions
 from rayloom.data.example import Example, Message
-from rayloom.data.formats import FORMATS, detect_format, from_alpaca, from_openai, from_sharegpt, telling_columns
+from rayloom.data.formats import FORMATS, detect_format, telling_columns
+
+DEMOS = Path(__file__).parents[3] / "shared" / "data"
+PLAIN = Description()
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+
+
+def from_alpaca(row: dict[str, Any], description: Description = PLAIN) -> Example:
+    return FORMATS["alpaca"](row, description)
+
+
+def from_sharegpt(row: dict[str, Any], description: Description = PLAIN) -> Example:
+    return FORMATS["sharegpt"](row, description)
+
+
+def from_openai(row: dict[str, Any], description: Description = PLAIN) -> Example:
+    return FORMATS["openai"](row, description)
 
 
 def conversation(*turns: tuple[str, str]) -> Example:
@@ -94,24 +112,50 @@ ANYTHING = st.recursive(
     | st.booleans()
     | st.integers(0, 2)
     | st.text(max_size=2)
-    | st.sampled_from(["user", "human", "gpt", "\ud800"]),
+    | st.sampled_from(["user", "human", "gpt", "tool", "function_call", "\ud800", '{"name": "f"}', "[]", "[[["]),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["role", "content", "from", "value"]), inner, max_size=2)
+        | st.dictionaries(
+            st.sampled_from("role content from value tool_calls name arguments function train weight".split()),
+            inner,
+            max_size=3,
+        )
     ),
-    max_leaves=6,
+    max_leaves=8,
 )
-COLUMNS = ["instruction", "input", "output", "system", "history", "conversations", "messages", "other"]
+COLUMNS = (
+    "instruction input output system history conversations messages tools chosen rejected text label image".split()
+)
+DESCRIPTIONS = [
+    PLAIN,
+    Description(ranking=True),
+    Description(
+        columns=Columns.model_validate(
+            {name: name for name in COLUMNS if name in Columns.model_fields}
+            | {"prompt": "instruction", "response": "output", "kto_tag": "label", "images": "image"}
+        )
+    ),
+]
 
 
-@given(row=st.dictionaries(st.sampled_from(COLUMNS), ANYTHING, max_size=5), name=st.sampled_from(sorted(FORMATS)))
-def test_whatever_a_row_holds_it_is_an_example_or_a_value_error(row, name):
+@given(
+    row=st.dictionaries(st.sampled_from(COLUMNS), ANYTHING, max_size=6),
+    name=st.sampled_from(sorted(FORMATS)),
+    description=st.sampled_from(DESCRIPTIONS),
+)
+def test_whatever_a_row_holds_it_is_an_example_or_a_value_error(row, name, description):
+    detect_format(row, description)
     try:
-        example = FORMATS[name](row)
+        example = FORMATS[name](row, description)
     except ValueError:
         return
-    assert example.messages[-1].role == "assistant"
-    assert all(isinstance(message.content, str) for message in example.messages)
+    if example.text is not None:
+        return
+    for answer in (example.chosen, example.rejected) if description.ranking else (example.messages,):
+        assert answer[-1].role == "assistant"
+    messages = example.messages + example.chosen + example.rejected
+    assert all(isinstance(message.content, str) for message in messages)
+    assert all(isinstance(call.name, str) for message in messages for call in message.tool_calls)
 
 
 ORDER = "(user and assistant take turns, the user first)"
@@ -156,17 +200,18 @@ ORDER = "(user and assistant take turns, the user first)"
         (
             "openai",
             {"messages": [{"role": "human", "content": "Q"}]},
-            "column 'messages': turn 1 has the role 'human'; known are user, assistant, system",
+            "column 'messages': turn 1 has the role 'human'; known are user, assistant, tool, system",
         ),
         (
             "openai",
             {"messages": [{"role": ["user"], "content": "Q"}]},
-            "column 'messages': turn 1 has the role ['user']; known are user, assistant, system",
+            "column 'messages': turn 1 has the role ['user']; known are user, assistant, tool, system",
         ),
         (
             "sharegpt",
             {"conversations": [{"from": "user", "value": "Q"}]},
-            "column 'conversations': turn 1 has the role 'user'; known are human, gpt, system",
+            "column 'conversations': turn 1 has the role 'user'; known are human, gpt, observation, function_call, "
+            "system",
         ),
         (
             "openai",
@@ -208,7 +253,7 @@ ORDER = "(user and assistant take turns, the user first)"
 )
 def test_what_is_refused(name: str, row: dict[str, Any], message: str):
     with pytest.raises(ValueError) as refused:  # noqa: PT011 (the whole message is compared)
-        FORMATS[name](row)
+        FORMATS[name](row, PLAIN)
     assert str(refused.value) == message
 
 
@@ -216,6 +261,80 @@ def test_formats_are_told_by_their_columns():
     assert detect_format({"instruction": "Q", "output": "A"}) == "alpaca"
     assert detect_format({"id": 1, "conversations": []}) == "sharegpt"
     assert detect_format({"messages": []}) == "openai"
-    assert detect_format({"text": "x"}) is None
+    assert detect_format({"text": "x"}) == "text"
+    assert detect_format({"messages": [], "text": "x"}) == "openai"
+    assert detect_format({"answer": "x"}) is None
     assert detect_format({}) is None
-    assert telling_columns() == "'instruction' (alpaca), 'conversations' (sharegpt), 'messages' (openai)"
+    assert telling_columns() == (
+        "'instruction' (alpaca), 'conversations' (sharegpt), 'messages' (openai), 'text' (text)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "description", "name"),
+    [
+        ({"question": "Q", "answer": "A"}, {"columns": {"prompt": "question", "response": "answer"}}, "alpaca"),
+        ({"content": "x"}, {"columns": {"prompt": "content"}}, "text"),
+        ({"q": "Q", "chosen": "A"}, {"ranking": True, "columns": {"prompt": "q", "chosen": "chosen"}}, "alpaca"),
+        ({"talk": [{"role": "user"}]}, {"columns": {"messages": "talk"}}, "openai"),
+        ({"messages": [{"from": "human"}]}, {"columns": {"messages": "messages"}}, "sharegpt"),
+        ({"chosen": [{"role": "user"}], "rejected": []}, {"ranking": True}, "openai"),
+        ({"chosen": [{"role": "user"}]}, {}, None),
+        ({"messages": []}, {"columns": {"messages": "talk"}}, None),
+    ],
+)
+def test_formats_are_told_by_the_columns_of_the_description(row, description, name):
+    assert detect_format(row, Description(**description)) == name
+
+
+def test_plain_text():
+    assert FORMATS["text"]({"text": "x", "url": "y"}, PLAIN) == Example(text="x")
+    by_prompt = Description(columns=Columns(prompt="content", images="image"))
+    assert FORMATS["text"]({"content": "<image>", "image": "a.png"}, by_prompt) == Example(
+        text="<image>", images=("a.png",)
+    )
+    with pytest.raises(ValueError, match="column 'text' must be text, not None"):
+        FORMATS["text"]({"text": None}, PLAIN)
+    with pytest.raises(ValueError, match="column 'text' is no text: 'utf-8' codec"):
+        FORMATS["text"]({"text": "\ud800"}, PLAIN)
+
+
+def test_columns_that_are_not_named_are_not_read():
+    named = Description(columns=Columns(prompt="q", response="a"))
+    row = {"q": "Q", "a": "A", "system": "S", "input": "I", "history": 3, "tools": "no JSON"}
+    assert from_alpaca(row, named) == conversation(("user", "Q"), ("assistant", "A"))
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    path = DEMOS / name
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if path.suffix == ".txt":
+        return [{"text": line} for line in path.read_text(encoding="utf-8").splitlines()]
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.skipif(not DEMOS.is_dir(), reason=f"no demo data sets in {DEMOS}")
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("alpaca_en_demo", 999),
+        ("identity", 91),
+        ("glaive_toolcall_en_demo", 300),
+        ("dpo_en_demo", 300),
+        ("kto_en_demo", 300),
+        ("c4_demo", 300),
+        ("wiki_demo", 30),
+    ],
+)
+def test_every_row_of_the_demo_sets(name, rows):
+    entry = read_descriptions(DEMOS)[name]
+    examples = [FORMATS[entry.description.format](row, entry.description) for row in rows_of(Path(entry.address).name)]
+    assert len(examples) == rows
+    for example in examples:
+        assert bool(example.chosen and example.rejected) == (name == "dpo_en_demo")
+        assert (example.desirable is not None) == (name == "kto_en_demo")
+        assert (example.text is not None) == (name in ("c4_demo", "wiki_demo")) == (not example.messages)
+    calls = [call for example in examples for message in example.messages for call in message.tool_calls]
+    assert len(calls) == (211 if name == "glaive_toolcall_en_demo" else 0)
+    assert all(isinstance(call.arguments, dict) for call in calls)

@@ -11,11 +11,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayloom.data.plan import Position
-from rayloom.data.rows import SCHEMA
+from rayloom.data.plan import Cursor, Position
+from rayloom.data.rows import COUNTERS, SCHEMA
 from rayloom.train.meter import BatchCount, StepCount, StreamMeter
 
-NOTHING = {"input_ids": [], "labels": [], "position_ids": [], "sets": [], "rows": [], "dropped": []}
+NOTHING = {"input_ids": [], "labels": [], "position_ids": [], "sets": [], "rows": [], "counts": []}
+
+
+PER_SET = len(COUNTERS)
+CURSORS = [0, 1, 2, 3, -1, 4, 5, 6, 7, 8]
+"""Of two sets: the first set's length is not known yet."""
+
+
+def at(epoch: int, segment: int, row: int) -> Position:
+    return Position(epoch, segment, row, (Cursor(0, 1, 2, 3), Cursor(4, 5, 6, 7)), (None, 8))
 
 
 def token_rows(*rows: dict[str, Any]) -> pa.Table:
@@ -27,13 +36,25 @@ ROWS = (
         "input_ids": [1, 2, 3, 4],
         "labels": [1, 2, -100, 4],
         "sets": [0, 1, 1],
-        "dropped": [1, 0, 2, 5],
+        "rows": [10, 11, 12],
+        "counts": list(range(2 * PER_SET)),
+        "cursors": CURSORS,
         "epoch": 0,
         "segment": 3,
         "row": 0,
         "epochs_done": 0.25,
     },
-    {"input_ids": [5, 6], "labels": [-100, 6], "sets": [1], "epoch": 0, "segment": 3, "row": 1, "epochs_done": 0.5},
+    {
+        "input_ids": [5, 6],
+        "labels": [-100, 6],
+        "sets": [1],
+        "rows": [13],
+        "cursors": CURSORS,
+        "epoch": 0,
+        "segment": 3,
+        "row": 1,
+        "epochs_done": 0.5,
+    },
 )
 
 
@@ -49,11 +70,12 @@ def test_a_batch_is_counted():
     assert step.trained_tokens == 3  # labels 2, 4 and 6: the first token of a row is predicted by nothing
     assert step.batches == 1
     assert not step.stop
-    assert step.position == Position(0, 3, 2)  # the row behind the last one that was taken
+    assert step.position == at(0, 3, 2)  # the row behind the last one that was taken
     assert step.epochs_done == 0.5
     meter = StreamMeter.start(2)
     step.add_to(meter)
-    assert meter == StreamMeter(Position(0, 3, 2), [1, 3], [1, 0, 2, 5], 6, 3, 0.5)
+    assert meter == StreamMeter(at(0, 3, 2), [1, 3], list(range(2 * PER_SET)), 6, 3, 0.5)
+    assert count_of(*ROWS).names == [(0, 10), (1, 11), (1, 12), (1, 13)]
 
 
 def test_the_labels_of_a_slice_are_its_own():
@@ -79,17 +101,23 @@ def test_an_empty_batch_counts_as_a_batch():
     count = BatchCount(1)
     count.add(SCHEMA.empty_table())
     step = count.share(torch.device("cpu"), stop=False)
-    assert (step.batches, step.tokens, step.trained_tokens, step.position) == (1, 0, 0, Position())
+    assert (step.batches, step.tokens, step.trained_tokens, step.position) == (
+        1,
+        0,
+        0,
+        Position(0, 0, 0, (Cursor(),), (0,)),
+    )
 
 
 def test_a_segment_of_which_nothing_is_left_moves_the_position():
-    step = count_of({"dropped": [4, 0], "epoch": 1, "segment": 2, "row": 0, "epochs_done": 1.5}, sets=1).share(
-        torch.device("cpu"), stop=False
-    )
-    assert (step.tokens, step.position, step.epochs_done) == (0, Position(1, 2, 1), 1.5)
+    counts = [4, *[0] * (PER_SET - 1)]
+    row = {"counts": counts, "cursors": CURSORS[5:], "epoch": 1, "segment": 2, "row": 0, "epochs_done": 1.5}
+    step = count_of(row, sets=1).share(torch.device("cpu"), stop=False)
+    assert (step.tokens, step.epochs_done) == (0, 1.5)
+    assert step.position == Position(1, 2, 1, (Cursor(4, 5, 6, 7),), (8,))
     meter = StreamMeter.start(1)
     step.add_to(meter)
-    assert (meter.examples, meter.dropped) == ([0], [4, 0])
+    assert (meter.examples, meter.counts) == ([0], counts)
 
 
 @pytest.mark.parametrize("stopper", [None, 0, 1, 2])
@@ -98,7 +126,17 @@ def test_ranks_are_summed_and_the_furthest_position_counts(monkeypatch, stopper)
     counts = [
         count_of(ROWS[1]),
         count_of(
-            {"input_ids": [1], "labels": [1], "sets": [0], "epoch": 1, "segment": 0, "row": 0, "epochs_done": 1.1}
+            {
+                "input_ids": [1],
+                "labels": [1],
+                "sets": [0],
+                "rows": [14],
+                "cursors": CURSORS,
+                "epoch": 1,
+                "segment": 0,
+                "row": 0,
+                "epochs_done": 1.1,
+            }
         ),
         BatchCount(2),  # its stream has ended
     ]
@@ -123,7 +161,7 @@ def test_ranks_are_summed_and_the_furthest_position_counts(monkeypatch, stopper)
     steps = [count.share(torch.device("cpu"), stop=rank == stopper) for rank, count in enumerate(counts)]
     assert steps[0] == steps[1] == steps[2]
     assert (steps[0].tokens, steps[0].trained_tokens, steps[0].batches) == (3, 1, 2)
-    assert (steps[0].position, steps[0].epochs_done) == (Position(1, 0, 1), 1.1)
+    assert (steps[0].position, steps[0].epochs_done) == (at(1, 0, 1), 1.1)
     assert steps[0].stop == (stopper is not None)
 
 
@@ -138,7 +176,14 @@ COUNTS = st.integers(0, 10**15)
 
 
 @given(
-    position=st.builds(Position, COUNTS, COUNTS, COUNTS),
+    position=st.builds(
+        Position,
+        COUNTS,
+        COUNTS,
+        COUNTS,
+        st.lists(st.builds(Cursor, COUNTS, COUNTS, COUNTS, COUNTS), max_size=3).map(tuple),
+        st.lists(st.none() | COUNTS, max_size=3).map(tuple),
+    ),
     counts=st.lists(COUNTS, min_size=1, max_size=4),
     tokens=COUNTS,
     epochs_done=st.floats(0, 1e6),
@@ -152,14 +197,14 @@ def test_a_checkpoint_brings_the_meter_back(position, counts, tokens, epochs_don
 
 
 def test_a_meter_starts_at_the_beginning():
-    assert StreamMeter.start(2) == StreamMeter(Position(), [0, 0], [0, 0, 0, 0], 0, 0, 0.0)
+    assert StreamMeter.start(2) == StreamMeter(Position(), [0, 0], [0] * (2 * PER_SET), 0, 0, 0.0)
 
 
 def test_steps_add_up_over_a_resume(tmp_path):
-    step = StepCount(Position(0, 1, 0), 0.5, [10, 4, 0, 2, 3, 1, 0], sets=1)
+    step = StepCount(Position(0, 1, 0), 0.5, [10, 4, 0, 2, 3, *range(PER_SET)], sets=1)
     meter = StreamMeter.start(1)
     step.add_to(meter)
     meter.save(tmp_path, 1)
     resumed, _ = StreamMeter.load(tmp_path)
-    StepCount(Position(0, 2, 0), 1.0, [10, 4, 0, 2, 3, 1, 0], sets=1).add_to(resumed)
-    assert resumed == StreamMeter(Position(0, 2, 0), [6], [2, 0], 20, 8, 1.0)
+    StepCount(Position(0, 2, 0), 1.0, [10, 4, 0, 2, 3, *range(PER_SET)], sets=1).add_to(resumed)
+    assert resumed == StreamMeter(Position(0, 2, 0), [6], [2 * n for n in range(PER_SET)], 20, 8, 1.0)

@@ -16,7 +16,7 @@ STRATEGIES = ("concat", "interleave_under", "interleave_over", "interleave_once"
 
 def walk(lengths: tuple[int, ...], weights: tuple[float, ...], strategy: str) -> list[tuple[int, int]]:
     """(set, row) of every slot of an epoch, from the rules of the module's table."""
-    rates = [Fraction(n) for n in lengths] if strategy == "concat" else [Fraction(str(w)) for w in weights]
+    rates = [Fraction(str(w)) for w in weights]
     given_rows, slots = [0] * len(lengths), []
     while True:
         ran_out = [count >= length for count, length in zip(given_rows, lengths, strict=True)]
@@ -35,7 +35,8 @@ def mixtures(draw: st.DrawFn, strategies: tuple[str, ...] = STRATEGIES, longest:
     lengths = draw(st.lists(st.integers(1, longest), min_size=1, max_size=sets))
     weight = st.integers(1, 5) | st.integers(2, 20).map(lambda n: n / 10) | st.floats(0.3, 3.0)
     weights = draw(st.lists(weight, min_size=len(lengths), max_size=len(lengths)))
-    return Mixture(tuple(lengths), tuple(weights), draw(st.sampled_from(strategies)))
+    strategy = draw(st.sampled_from(strategies))
+    return Mixture(tuple(lengths), tuple(lengths if strategy == "concat" else weights), strategy)
 
 
 def shares(mixture: Mixture) -> list[Fraction]:
@@ -56,13 +57,30 @@ def test_slots_are_those_of_the_walk(mixture):
 @given(mixture=mixtures(), data=st.data())
 def test_a_range_of_slots_holds_the_rows_of_the_walk(mixture, data):
     start, stop = sorted(data.draw(st.tuples(*[st.integers(0, mixture.epoch_length)] * 2)))
-    assert mixture.slots(start, stop) == sorted(walk(mixture.lengths, mixture.weights, mixture.strategy)[start:stop])
+    slots = walk(mixture.lengths, mixture.weights, mixture.strategy)[start:stop]
+    drawn = [b - a for a, b in zip(mixture.counts(start), mixture.counts(stop), strict=True)]
+    assert drawn == [sum(d == of for of, _ in slots) for d in range(len(mixture.lengths))]
+
+
+@given(mixture=mixtures(), data=st.data())
+def test_a_length_decides_nothing_before_the_set_has_run_out(mixture, data):
+    hidden = data.draw(st.lists(st.booleans(), min_size=len(mixture.lengths), max_size=len(mixture.lengths)))
+    unknown = Mixture(
+        tuple(None if hide else n for hide, n in zip(hidden, mixture.lengths, strict=True)),
+        mixture.weights,
+        mixture.strategy,
+    )
+    for slots in range(mixture.epoch_length + 1):
+        counts = mixture.counts(slots)
+        if any(hide and count >= n for hide, count, n in zip(hidden, counts, mixture.lengths, strict=True)):
+            break
+        assert unknown.counts(slots) == counts
+        assert unknown.epoch_length is None or unknown.epoch_length >= slots
 
 
 @given(mixture=mixtures(("concat", "interleave_once")))
 def test_concat_and_once_give_each_row_once(mixture):
-    every_row = [(d, row) for d, length in enumerate(mixture.lengths) for row in range(length)]
-    assert mixture.slots(0, mixture.epoch_length) == every_row
+    assert mixture.counts(mixture.epoch_length) == mixture.lengths
 
 
 @given(mixture=mixtures(("interleave_under",)))
@@ -131,12 +149,14 @@ def test_golden():
     over = Mixture((4, 1), (2, 1), "interleave_over")
     assert [over.counts(n) for n in range(7)] == [(0, 0), (1, 0), (1, 1), (2, 1), (3, 1), (3, 2), (4, 2)]
     assert Mixture((4, 1), (2, 1), "interleave_under").epoch_length == 4  # ends before set 1's second row at 3/2
-    assert Mixture((4, 2), (7, 3), "concat").slots(0, 3) == [(0, 0), (0, 1), (1, 0)]  # the weights say nothing
+    assert Mixture((4, None), (2, 1), "interleave_under").epoch_length == 6  # set 0's fifth row would stand at 9/4
+    assert Mixture((4, None), (2, 1), "interleave_over").epoch_length is None
+    assert Mixture((None, None), (2, 1), "interleave_once").counts(9) == (6, 3)
 
 
 def test_ties_go_to_the_earlier_set():
     mixture = Mixture((3, 3, 3), (1, 1, 1), "interleave_once")
-    assert [mixture.slots(n, n + 1)[0] for n in range(9)] == [(d, row) for row in range(3) for d in range(3)]
+    assert [mixture.counts(n) for n in range(5)] == [(0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 1, 1), (2, 1, 1)]
 
 
 def test_weights_mean_the_decimals_that_were_written():

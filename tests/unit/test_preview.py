@@ -15,11 +15,14 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from rayloom.config.job import JobConfig
+from rayloom.data.encoding import Encoding
 from rayloom.data.example import Example
 from rayloom.data.index import make_plan
-from rayloom.data.rows import Encoded
+from rayloom.data.plan import Position
+from rayloom.data.rows import DROP_REASONS, TOKENS_CUT, Encoded
 from rayloom.data.sample import Sample, histogram, measure_lengths, take_sample
-from rayloom.data.segment import encode_segment, read_segment
+from rayloom.data.segment import EncodeSegment, SegmentOptions, read_segment
+from rayloom.data.walk import Walk
 from rayloom.errors import RequestError
 from rayloom.stages.prepare import prepare_data
 from rayloom.stages.preview import preview, spans_of, visible
@@ -45,14 +48,24 @@ def shown(job: JobConfig, rows: int, **options: Any) -> str:
 class WordEncoder:
     """One token a word; the words of the answers are trained."""
 
-    def encode(self, examples: Sequence[Example]) -> list[tuple[list[int], list[int]]]:
+    splits = False
+
+    def key(self) -> str:
+        return "words"
+
+    def encode(self, examples: Sequence[Example], cutoff: int) -> list[Encoding]:
         encoded = []
         for example in examples:
             labels = [
                 n if m.role == "assistant" else -100 for m in example.messages for n in range(len(m.content.split()))
             ]
-            encoded.append((list(range(len(labels))), labels))
+            kept = labels[:cutoff]
+            encoded.append(Encoding(list(range(len(kept))), kept, len(labels) - len(kept)))
         return encoded
+
+
+def options(cutoff: int) -> SegmentOptions:
+    return SegmentOptions(cutoff, packing=True)
 
 
 # --- the sample -----------------------------------------------------------------------------------------------------
@@ -63,28 +76,35 @@ def sample_of(
 ) -> Sample:
     job = make_job(path, [str(write_rows(path / "a.jsonl", answers))], data={"window": window})
     plan = make_plan(job.data, seed=1, epochs=1)
-    return take_sample(plan, WordEncoder(), cutoff=cutoff, first=first, size=size)
+    return take_sample(plan, WordEncoder(), options(cutoff), first=first, size=size)
 
 
 def test_the_sample_counts_what_the_stream_drops_and_packs(tmp_path: Path) -> None:
     answers = ["a b c"] * 5 + ["", "w " * 50, "w " * 7]
     job = make_job(tmp_path, [str(write_rows(tmp_path / "a.jsonl", answers))], data={"window": 4})
     plan = make_plan(job.data, seed=1, epochs=1)
-    sample = take_sample(plan, WordEncoder(), cutoff=12, first=0)
-    tables = [encode_segment(plan, 0, n, WordEncoder(), cutoff=12, packing=True) for n in range(plan.segments)]
-    dropped = [sum(example.dropped == reason for example in sample.examples) for reason in (0, 1)]
-    assert dropped == [sum(table["dropped"][0].as_py()[reason] for table in tables) for reason in (0, 1)] == [1, 1]
+    sample = take_sample(plan, WordEncoder(), options(12), first=0)
+    work = EncodeSegment(WordEncoder(), options(12))
+    tables = [work(plan, segment) for segment in Walk(plan).segments(Position())]
+    counts = [sum(numbers) for numbers in zip(*(table["counts"][0].as_py() for table in tables), strict=True)]
+    dropped = [sum(example.dropped == reason for example in sample.examples) for reason in range(len(DROP_REASONS))]
+    assert dropped == counts[: len(DROP_REASONS)]
+    assert sum(dropped) == 1
+    assert [example.cut for example in sample.examples if example.cut] == [40]
+    assert counts[TOKENS_CUT] == 40
     assert sample.packed_rows == sum(table.num_rows for table in tables)
     assert sample.kept_tokens == sum(len(ids) for table in tables for ids in table["input_ids"].to_pylist())
-    assert len(sample.kept) == 6
+    assert len(sample.kept) == 7
+    assert sample.is_whole
 
 
 def test_the_first_examples_are_those_of_the_stream(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", [f"answer {n}" for n in range(20)])
     plan = make_plan(make_job(tmp_path, [str(path)], data={"window": 4}).data, seed=3, epochs=1)
-    sample = take_sample(plan, WordEncoder(), cutoff=99, first=6)
-    stream = [row for segment in range(2) for _, row, _ in read_segment(plan, 0, segment)]
+    sample = take_sample(plan, WordEncoder(), options(99), first=6)
+    stream = [item.row for s in Walk(plan).segments(Position()) for item in read_segment(plan, s, options(99))]
     assert [example.row for example in sample.first] == stream[:6]
+    assert not sample.is_whole or len(sample.examples) == 20
 
 
 def test_the_sample_ends_with_the_segment_that_fills_it_and_cuts_a_large_one(tmp_path: Path) -> None:
@@ -123,7 +143,7 @@ def test_spans_are_the_text_in_order_and_tell_the_trained_and_the_special(
 ) -> None:
     job = make_job(tiny_model, [str(write_rows(tmp_path / "a.jsonl", ["näïve 日本 🎉"]))], data={"cutoff": 512})
     plan, encoder = prepare_data(job)
-    (example,) = take_sample(plan, encoder, cutoff=512, first=1).first
+    (example,) = take_sample(plan, encoder, options(512), first=1).first
     spans = list(spans_of(example, tokenizer, 512))
     whole = "<|im_start|>user\nquestion 0<|im_end|>\n<|im_start|>assistant\nnäïve 日本 🎉<|im_end|>\n"
     assert "".join(text for text, _, _ in spans) == whole
@@ -151,7 +171,7 @@ def test_without_colour_trained_stretches_stand_between_marks(tiny_model: Path, 
     job = make_job(tiny_model, [str(write_rows(tmp_path / "greetings.jsonl", ["hello [bold]you[/bold]"]))])
     text = shown(job, 1)
     assert "\x1b" not in text
-    assert "greetings, row 1" in text
+    assert "greetings, row 0:0" in text
     assert "<|im_start|>assistant\n⟦hello [bold]you[/bold]<|im_end|>⟧\n" in text
     no_color = shown(job, 1, force_terminal=True, color_system="standard", no_color=True)
     assert "⟦" in no_color
@@ -168,8 +188,9 @@ def test_with_colour_there_are_no_marks(tiny_model: Path, tmp_path: Path) -> Non
 def test_an_example_above_the_cutoff_is_cut_and_says_so(tiny_model: Path, tmp_path: Path) -> None:
     job = make_job(tiny_model, [str(write_rows(tmp_path / "a.jsonl", ["ja", "word " * 100]))])
     text = shown(job, 2)
-    assert "left out: longer than the cutoff" in text
-    assert "more tokens" in text
+    assert "64 tokens" in text
+    table = next(line.split() for line in text.splitlines() if line.split()[:2] == ["a", "2"])
+    assert table[-2:] == ["1", "0"]  # one is cut, none is left out
 
 
 # --- the tables -----------------------------------------------------------------------------------------------------
@@ -186,13 +207,13 @@ def test_the_tables_hold_the_mix_and_the_measured_numbers(tiny_model: Path, tmp_
     )
     text = shown(job, 0)
     plan, encoder = prepare_data(job)
-    sample = take_sample(plan, encoder, cutoff=64, first=0)
-    counts = plan.mixture.counts(plan.mixture.epoch_length)
+    sample = take_sample(plan, encoder, options(64), first=0)
+    counts = plan.estimated_mixture().counts(plan.estimated_epoch_length)
     lines = {tuple(line.split()) for line in text.splitlines()}
     assert ("a", "alpaca", "30", str(counts[0]), "75.0", "%", "1.00") in lines
     assert ("b", "alpaca", "30", str(counts[1]), "25.0", "%", f"{counts[1] / 30:.2f}") in lines
     assert f"all {sum(counts)} examples of an epoch, cutoff 64" in text
-    too_long = sum(example.dropped == 0 for example in sample.examples)
+    too_long = sum(example.cut > 0 for example in sample.examples)
     assert too_long > 0
     assert any(line[:2] == ("b", str(counts[1])) and line[-2:] == (str(too_long), "0") for line in lines)
     assert f"packing makes {sample.packed_rows} rows of 64 tokens" in text
@@ -213,7 +234,7 @@ def test_packing_off_says_what_packing_would_do(tiny_model: Path, tmp_path: Path
 
 
 def test_nothing_to_train_on_is_said(tiny_model: Path, tmp_path: Path) -> None:
-    job = make_job(tiny_model, [str(write_rows(tmp_path / "a.jsonl", ["word " * 90] * 3))])
+    job = make_job(tiny_model, [str(write_rows(tmp_path / "a.jsonl", ["word"] * 3))], data={"cutoff": 8})
     assert "the job would be refused" in shown(job, 1)
 
 

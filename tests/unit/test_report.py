@@ -70,5 +70,5 @@ def test_the_mean_loss_is_that_of_all_steps(losses, every):
 
 def test_the_picture_is_one(tmp_path):
     for rows in ([{"step": 1, "loss": 2.0}], [{"step": n, "loss": 3.0 / n} for n in range(1, 9)]):
-        plot_loss(rows, tmp_path / "loss.png", "a title")
+        plot_loss(rows, [{"step": 1, "eval_loss": 2.5}], tmp_path / "loss.png", "a title")
         assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG\r\n")

@@ -10,19 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayloom.data.files import Chunk
-from rayloom.data.mixture import Mixture
-from rayloom.data.plan import IndexedSet, Plan
-from rayloom.data.rows import IGNORED, SCHEMA, Encoded, collate, error_table, raise_error, segment_table
+from rayloom.data.encoding import IGNORED
+from rayloom.data.plan import Cursor, Position, Segment
+from rayloom.data.rows import SCHEMA, Encoded, collate, error_table, raise_error, row_id, row_name, segment_table
 from rayloom.errors import RequestError
 
 PAD = 7
 
 
-@pytest.fixture
-def plan() -> Plan:
-    """Ten rows in segments of four."""
-    return Plan((IndexedSet("a", "openai", (Chunk("a", 0, 1, 10, 0, 1),)),), Mixture((10,), (1.0,), "concat"), 0, 4, 2)
+def segment(epoch: int = 1, number: int = 2) -> Segment:
+    """The third segment of an epoch of ten rows in segments of four, but for its addresses."""
+    none = np.empty(0, dtype=np.int64)
+    start = Position(epoch, number, 0, (Cursor(0, 1, 3, 8),), (10,))
+    return Segment(start, none, none, none, epoch + number * 0.4, min(epoch + number * 0.4 + 0.4, epoch + 1.0))
 
 
 def encoded(ids: list[int], set_index: int = 0, row: int = 0) -> Encoded:
@@ -35,7 +35,8 @@ def rows(*lengths: int) -> pa.Table:
     blank: dict[str, Any] = {
         "sets": [],
         "rows": [],
-        "dropped": [],
+        "counts": [],
+        "cursors": [],
         "epoch": 0,
         "segment": 0,
         "row": 0,
@@ -56,9 +57,9 @@ def rows(*lengths: int) -> pa.Table:
 # --- segment_table --------------------------------------------------------------------------------------------------
 
 
-def test_packed_rows(plan):
+def test_packed_rows():
     examples = [encoded([1, 2, 3], 0, 5), encoded([4, 5, 6, 7, 8], 0, 2), encoded([9, 10], 0, 8)]
-    table = segment_table(plan, 1, 2, examples, [1, 0], capacity=5)
+    table = segment_table(segment(), examples, [1, 0], capacity=5, seed=0)
     assert table.schema == SCHEMA
     assert table.to_pylist() == [
         {
@@ -67,7 +68,8 @@ def test_packed_rows(plan):
             "position_ids": [0, 1, 2, 0, 1],
             "sets": [0, 0],
             "rows": [5, 8],
-            "dropped": [1, 0],
+            "counts": [1, 0],
+            "cursors": [0, 1, 3, 8, 10],
             "epoch": 1,
             "segment": 2,
             "row": 0,
@@ -80,7 +82,8 @@ def test_packed_rows(plan):
             "position_ids": [0, 1, 2, 3, 4],
             "sets": [0],
             "rows": [2],
-            "dropped": [],
+            "counts": [],
+            "cursors": [0, 1, 3, 8, 10],
             "epoch": 1,
             "segment": 2,
             "row": 1,
@@ -90,21 +93,46 @@ def test_packed_rows(plan):
     ]
 
 
-def test_rows_without_packing_are_the_examples(plan):
-    examples = [encoded([1, 2], 0, 5), encoded([3], 0, 2), encoded([4, 5], 0, 8)]
-    table = segment_table(plan, 0, 0, examples, [0, 0], capacity=None)
-    assert table["input_ids"].to_pylist() == [[1, 2], [3], [4, 5]]
-    assert table["position_ids"].to_pylist() == [[0, 1], [0], [0, 1]]
+def test_rows_without_packing_are_the_examples_by_length():
+    examples = [encoded([1, 2, 3, 4], 0, 5), encoded([3], 0, 2), encoded([4, 5], 0, 8)]
+    table = segment_table(segment(0, 0), examples, [0, 0], capacity=None, seed=0)
+    assert table["input_ids"].to_pylist() == [[3], [4, 5], [1, 2, 3, 4]]
+    assert table["rows"].to_pylist() == [[2], [8], [5]]
     assert table["row"].to_pylist() == [0, 1, 2]
     assert table["epochs_done"].to_pylist() == pytest.approx([0.4 / 3, 0.8 / 3, 0.4])
 
 
+def test_runs_of_like_length_come_in_any_order():
+    """Batches hold little padding, and the stream does not go from short to long in every segment."""
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(1, 500, size=512)
+    examples = [encoded([1] * int(n), 0, i) for i, n in enumerate(lengths)]
+    table = segment_table(segment(), examples, [], capacity=None, seed=0)
+    order = [len(ids) for ids in table["input_ids"]]
+    assert sorted(order) == sorted(lengths)
+    batches = np.array(order).reshape(-1, 8)
+    assert batches.sum() / (8 * batches.max(axis=1)).sum() > 0.97
+    assert np.abs(np.corrcoef(np.arange(512), order)[0, 1]) < 0.6
+    assert segment_table(segment(), examples, [], capacity=None, seed=1)["rows"] != table["rows"]
+
+
+def test_a_piece_that_goes_on_is_no_new_example():
+    pieces = [Encoded([1, 2, 3], [-100, 2, 3], 0, 7), Encoded([3, 4], [-100, 4], 0, 7, continues=True)]
+    table = segment_table(segment(), pieces, [0, 0], capacity=3, seed=0)
+    assert table["rows"].to_pylist() == [[7], []]
+    assert table["input_ids"].to_pylist() == [[1, 2, 3], [3, 4]]
+
+
 @pytest.mark.parametrize("capacity", [None, 8])
-def test_a_segment_of_which_nothing_is_left_is_one_empty_row(plan, capacity):
+def test_a_segment_of_which_nothing_is_left_is_one_empty_row(capacity):
     """It still says what was left out, and how far the stream has come."""
-    (row,) = segment_table(plan, 0, 1, [], [3, 1], capacity).to_pylist()
+    (row,) = segment_table(segment(0, 1), [], [3, 1], capacity, seed=0).to_pylist()
     assert (row["input_ids"], row["labels"], row["position_ids"], row["sets"], row["rows"]) == ([], [], [], [], [])
-    assert (row["dropped"], row["row"], row["segment"], row["epochs_done"]) == ([3, 1], 0, 1, pytest.approx(0.8))
+    assert (row["counts"], row["row"], row["segment"], row["epochs_done"]) == ([3, 1], 0, 1, pytest.approx(0.8))
+
+
+def test_a_row_is_known_by_its_chunk_and_its_row_there():
+    assert row_name(row_id(70_000, 12)) == "70000:12"
 
 
 def test_an_error_travels_as_a_table():
@@ -115,10 +143,10 @@ def test_an_error_travels_as_a_table():
     assert raised.value.messages == ("first: é", "second")
 
 
-def test_other_tables_are_no_errors(plan):
+def test_other_tables_are_no_errors():
     raise_error(rows(3))
     raise_error(SCHEMA.empty_table())
-    raise_error(segment_table(plan, 0, 1, [], [3, 1], None))
+    raise_error(segment_table(segment(), [], [3, 1], None, seed=0))
 
 
 # --- collate --------------------------------------------------------------------------------------------------------

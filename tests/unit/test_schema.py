@@ -12,6 +12,7 @@ from rich.console import Console
 from rayloom.config.job import JobConfig
 from rayloom.config.reference import markdown, show_keys
 from rayloom.config.schema import find_keys, job_reference, job_schema
+from rayloom.data.config import DatasetConfig
 from rayloom.errors import RequestError
 
 
@@ -84,7 +85,7 @@ def test_list_indices_may_be_left_out() -> None:
 
 def test_the_name_of_a_mapping_finds_the_keys_in_it() -> None:
     assert [key.name for key in find_keys("data.train")] == [
-        f"data.train[].{k}" for k in "path format weight name".split()
+        f"data.train[].{name}" for name in DatasetConfig.model_fields
     ]
     assert {key.name for key in find_keys("method")} >= {"method.type", "method.rank"}
 

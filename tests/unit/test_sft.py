@@ -3,33 +3,88 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import pytest
 
+from rayloom.data.encoding import IGNORED, Encoding
 from rayloom.data.example import Example, Message
-from rayloom.data.template import Renderer
-from rayloom.errors import RequestError
+from rayloom.data.template import Rendered, Renderer
+from rayloom.data.template_library import library_template
 from rayloom.stages.sft import SftEncoder
 
+QUESTION = (Message("user", "What is your name?"),)
+ANSWER = (Message("assistant", "Loomis."),)
 EXAMPLES = [
-    Example((Message("user", "What is your name?"), Message("assistant", "Loomis."))),
+    Example(QUESTION + ANSWER),
     Example((Message("system", "Be brief."), Message("user", "Hi"), Message("assistant", "Yes?"))),
 ]
 
 
 def test_labels_are_the_ids_of_the_answers(tiny_model, tokenizer):
     encoder = pickle.loads(pickle.dumps(SftEncoder(str(tiny_model), tokenizer.chat_template)))  # as it reaches a task
-    encoded = encoder.encode(EXAMPLES)
-    for (input_ids, labels), rendered in zip(
-        encoded, Renderer(tokenizer, tokenizer.chat_template).render(EXAMPLES), strict=True
-    ):
-        assert input_ids == rendered.input_ids
-        assert [label != -100 for label in labels] == rendered.trained
-        assert all(label in (token, -100) for label, token in zip(labels, input_ids, strict=True))
-    assert tokenizer.decode([label for label in encoded[0][1] if label >= 0]) == "Loomis.<|im_end|>"
-    assert encoder.encode([]) == []
+    encoded = encoder.encode(EXAMPLES, 2048)
+    for encoding, rendered in zip(encoded, Renderer(tokenizer, tokenizer.chat_template).render(EXAMPLES), strict=True):
+        assert isinstance(rendered, Rendered)
+        assert encoding.input_ids == rendered.input_ids
+        assert [label != IGNORED for label in encoding.labels] == rendered.trained
+        assert all(label in (token, IGNORED) for label, token in zip(encoding.labels, encoding.input_ids, strict=True))
+        assert (encoding.cut, encoding.messages_cut, encoding.fault) == (0, 0, None)
+    assert learnt(tokenizer, encoded[0]) == "Loomis.<|im_end|>"
+    assert encoder.encode([], 2048) == []
 
 
-def test_a_template_that_cannot_be_masked_is_a_fault_of_the_request(tiny_model):
-    with pytest.raises(RequestError, match=r"^data\.template: the chat template renders nothing"):
-        SftEncoder(str(tiny_model), "").encode(EXAMPLES)
+def learnt(tokenizer, encoding):
+    return tokenizer.decode([label for label in encoding.labels if label != IGNORED])
+
+
+def test_the_settings_reach_the_renderer(tiny_model, tokenizer):
+    example = Example(QUESTION + ANSWER + QUESTION + ANSWER)
+    template = library_template("qwen3")
+    (encoding,) = SftEncoder(str(tiny_model), template, mask_history=True).encode([example], 2048)
+    assert learnt(tokenizer, encoding) == "Loomis.<|im_end|>"
+    (encoding,) = SftEncoder(str(tiny_model), template, train_on_prompt=True).encode([example], 2048)
+    assert encoding.labels == encoding.input_ids
+    (encoding,) = SftEncoder(str(tiny_model), template, enable_thinking=True).encode([EXAMPLES[0]], 2048)
+    assert learnt(tokenizer, encoding) == "<think>\n\n</think>\n\nLoomis.<|im_end|>"
+
+
+def test_the_key_changes_with_what_changes_the_tokens(tiny_model, tokenizer):
+    plain = SftEncoder(str(tiny_model), tokenizer.chat_template)
+    others = [
+        replace(plain, template=library_template("qwen3")),
+        replace(plain, train_on_prompt=True),
+        replace(plain, mask_history=True),
+        replace(plain, enable_thinking=False),
+    ]
+    assert plain.key() == replace(plain).key()
+    assert len({encoder.key() for encoder in (plain, *others)}) == 5
+    assert not plain.splits
+
+
+def test_what_is_too_long_is_cut(tiny_model, tokenizer):
+    long = Example((Message("user", "a" * 100), *ANSWER))
+    (encoding,) = SftEncoder(str(tiny_model), tokenizer.chat_template).encode([long], 40)
+    assert len(encoding.input_ids) == 40
+    assert encoding.cut > 0
+    assert learnt(tokenizer, encoding) == "Loomis.<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("example", "fault"),
+    [
+        (Example(text="Once"), "the row is plain text; "),
+        (Example(QUESTION, chosen=ANSWER, rejected=ANSWER), "the row is a preference (chosen and rejected); "),
+        (Example(QUESTION + ANSWER, desirable=True), "the row judges its answer as desirable or not; "),
+        (Example(QUESTION + ANSWER, images=("a.png",)), "the row has images, videos or audios, "),
+        (Example((Message("tool", "4"), *ANSWER)), "the chat template refuses a conversation with the roles tool, "),
+        (Example(), "the chat template renders nothing for this conversation"),
+    ],
+)
+def test_a_bad_row_leaves_the_others_alone(tiny_model, example, fault):
+    encoder = SftEncoder(str(tiny_model), library_template("chatml"))
+    first, bad, last = encoder.encode([EXAMPLES[0], example, EXAMPLES[1]], 2048)
+    assert bad.fault is not None
+    assert bad.fault.startswith(fault)
+    assert bad == Encoding([], [], fault=bad.fault)
+    assert [first, last] == encoder.encode(EXAMPLES, 2048)

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from rayloom.data.example import Example, Message
+from rayloom.data.example import Example, Message, ToolCall
+from rayloom.data.spans import token_range
 from rayloom.data.template import Rendered, Renderer, resolve_template
+from rayloom.data.template_library import library_template
 from rayloom.errors import RequestError
 
 MARKED = """\
@@ -83,9 +85,28 @@ def trained_runs(tokenizer: Any, rendered: Rendered) -> list[str]:
     return [tokenizer.decode([token for token, _ in run]) for trained, run in runs if trained]
 
 
-def own_ids(tokenizer: Any, example: Example, template: str) -> list[int]:
-    encoded = tokenizer.apply_chat_template(example.as_dicts(), chat_template=template, tokenize=True, return_dict=True)
+def own_ids(tokenizer: Any, example: Example, template: str, **options: Any) -> list[int]:
+    encoded = tokenizer.apply_chat_template(
+        example.as_dicts(),
+        tools=list(example.tools) or None,
+        chat_template=template,
+        tokenize=True,
+        return_dict=True,
+        **options,
+    )
     return list(encoded["input_ids"])
+
+
+def render_one(renderer: Renderer, example: Example) -> Rendered:
+    (rendered,) = renderer.render([example])
+    assert isinstance(rendered, Rendered), rendered
+    return rendered
+
+
+def fault(renderer: Renderer, example: Example) -> str:
+    (error,) = renderer.render([example])
+    assert isinstance(error, ValueError)
+    return str(error)
 
 
 # --- ids and masks --------------------------------------------------------------------------------------------------
@@ -112,7 +133,7 @@ def test_marks_without_the_end_of_turn_cover_the_answers_alone(tokenizer, exampl
     """Also where the last character of an answer takes several tokens, of which transformers' mask has one."""
     template = MARKED.replace("'<|im_end|>' }}{% endgeneration %}", "'' }}{% endgeneration %}{{ '<|im_end|>' }}")
     assert template != MARKED
-    (rendered,) = Renderer(tokenizer, template).render([example])
+    rendered = render_one(Renderer(tokenizer, template), example)
     assert rendered.input_ids == own_ids(tokenizer, example, tokenizer.chat_template)
     answers = [message.content for message in example.messages if message.role == "assistant" and message.content]
     assert trained_runs(tokenizer, rendered) == answers
@@ -125,7 +146,7 @@ def test_a_batch_is_its_examples_one_by_one(tokenizer, batch):
 
 
 def test_golden(tokenizer):
-    (rendered,) = Renderer(tokenizer, tokenizer.chat_template).render([MULTI])
+    rendered = render_one(Renderer(tokenizer, tokenizer.chat_template), MULTI)
     assert tokenizer.decode(rendered.input_ids) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
         "<|im_start|>assistant\n Yes?\n\nWell\n<|im_end|>\n"
@@ -136,7 +157,7 @@ def test_golden(tokenizer):
 
 
 def test_without_an_end_of_turn_token_the_whole_rest_is_the_answer(tokenizer):
-    (rendered,) = Renderer(tokenizer, PLAIN).render([SINGLE])
+    rendered = render_one(Renderer(tokenizer, PLAIN), SINGLE)
     assert trained_runs(tokenizer, rendered) == ["My name is Loomis.\n"]
 
 
@@ -184,6 +205,152 @@ def test_neither_tokenizer_nor_example_is_changed(tokenizer):
     assert MULTI.as_dicts() == dicts
 
 
+# --- prompts, tools, thinking ----------------------------------------------------------------------------------------
+
+WEATHER = {
+    "type": "function",
+    "function": {"name": "weather", "description": "Tells.", "parameters": {"type": "object", "properties": {}}},
+}
+CALLS = Example(
+    (
+        Message("user", "Rain?"),
+        Message("assistant", "", (ToolCall("weather", {"town": "Köln"}), ToolCall("weather", '{"town": "Ulm"}'))),
+        Message("tool", "wet"),
+        Message("tool", "dry"),
+        Message("assistant", "In Köln."),
+        Message("user", "Thanks"),
+        Message("assistant", "Bye"),
+    ),
+    tools=(WEATHER,),
+)
+THOUGHT = conversation(
+    ("user", "1+1?"), ("assistant", "<think>\nadd\n</think>\n\n2"), ("user", "2+2?"), ("assistant", "4")
+)
+
+
+@given(batch=st.lists(examples(), min_size=1, max_size=3))
+def test_prompts_are_the_tokenizers(tokenizer, batch):
+    prompts = [Example(example.messages[:-1]) for example in batch]
+    for template in (MARKED, tokenizer.chat_template):
+        expected = [own_ids(tokenizer, prompt, template, add_generation_prompt=True) for prompt in prompts]
+        assert Renderer(tokenizer, template).render_prompts(prompts) == expected
+
+
+def test_a_prompt_that_is_refused_leaves_the_others_alone(tokenizer):
+    good, bad = Renderer(tokenizer, NO_SYSTEM + MARKED).render_prompts([SINGLE, MULTI])
+    assert isinstance(good, list)
+    assert isinstance(bad, ValueError)
+
+
+def without_marks(template: str) -> str:
+    for mark in ("{%- generation -%}", "{%- endgeneration -%}"):
+        assert mark in template
+        template = template.replace(mark, "")
+    return template
+
+
+def test_tool_turns_without_marks_are_those_with_marks(tokenizer):
+    marked = library_template("qwen3_nothink")
+    rendered = render_one(Renderer(tokenizer, marked), CALLS)
+    assert rendered.input_ids == own_ids(tokenizer, CALLS, marked)
+    assert rendered == render_one(Renderer(tokenizer, without_marks(marked)), CALLS)
+    assert trained_runs(tokenizer, rendered) == [
+        '<tool_call>\n{"name": "weather", "arguments": {"town": "Köln"}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "weather", "arguments": {"town": "Ulm"}}\n</tool_call><|im_end|>',
+        "In Köln.<|im_end|>",
+        "Bye<|im_end|>",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("enable_thinking", "first", "second"),
+    [
+        (None, "<think>\nadd\n</think>\n\n2<|im_end|>", "4<|im_end|>"),
+        (True, "<think>\nadd\n</think>\n\n2<|im_end|>", "<think>\n\n</think>\n\n4<|im_end|>"),
+        (False, "2<|im_end|>", "4<|im_end|>"),
+    ],
+)
+def test_thinking(tokenizer, enable_thinking, first, second):
+    template = library_template("qwen3")
+    renderer = Renderer(tokenizer, template, enable_thinking=enable_thinking)
+    rendered = render_one(renderer, THOUGHT)
+    option = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+    assert rendered.input_ids == own_ids(tokenizer, THOUGHT, template, **option)
+    assert trained_runs(tokenizer, rendered) == [first, second]
+    prompt = Example(THOUGHT.messages[:1])
+    expected = own_ids(tokenizer, prompt, template, add_generation_prompt=True, **option)
+    assert renderer.render_prompts([prompt]) == [expected]
+    assert ("</think>" in tokenizer.decode(expected)) == (enable_thinking is False)
+
+
+# --- what is trained -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_everything_or_the_last_answer(tokenizer, marked):
+    template = MARKED if marked else tokenizer.chat_template
+    assert all(render_one(Renderer(tokenizer, template, train_on_prompt=True), MULTI).trained)
+    last = render_one(Renderer(tokenizer, template, mask_history=True), MULTI)
+    assert trained_runs(tokenizer, last) == ["3<|im_end|>"]
+    with pytest.raises(ValueError, match="choose one"):
+        Renderer(tokenizer, template, train_on_prompt=True, mask_history=True)
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_message_has_the_last_word(tokenizer, marked):
+    template = MARKED if marked else tokenizer.chat_template
+    turns = list(MULTI.messages)
+    turns[1] = Message("user", "Hi", train=True)
+    turns[2] = Message("assistant", turns[2].content, train=False)
+    flagged = Example(tuple(turns))
+    assert trained_runs(tokenizer, render_one(Renderer(tokenizer, template), flagged)) == ["Hi", "3<|im_end|>"]
+    everything = render_one(Renderer(tokenizer, template, train_on_prompt=True), flagged)
+    left_out = [token for token, trained in zip(everything.input_ids, everything.trained, strict=True) if not trained]
+    assert tokenizer.decode(left_out) == " Yes?\n\nWell\n<|im_end|>"
+    turns[2] = Message("assistant", turns[2].content, train=True)
+    history = render_one(Renderer(tokenizer, template, mask_history=True), Example(tuple(turns)))
+    assert trained_runs(tokenizer, history) == ["Hi", " Yes?\n\nWell\n<|im_end|>", "3<|im_end|>"]
+
+
+def test_answers_of_several_blocks_are_told_apart_where_it_matters(tokenizer):
+    """A template may mark an answer's thought and its words each, or mark nothing of an empty one."""
+    template = MARKED.replace(
+        "{% generation %}{{ message['content']",
+        "{% generation %}{{ message['content'][:1] }}{% endgeneration %}{% generation %}{{ message['content'][1:]",
+    )
+    assert template.count("endgeneration") == 2
+    assert (
+        render_one(Renderer(tokenizer, template), MULTI).trained
+        == render_one(Renderer(tokenizer, MARKED), MULTI).trained
+    )
+    last = render_one(Renderer(tokenizer, template, mask_history=True), MULTI)
+    assert trained_runs(tokenizer, last) == ["3<|im_end|>"]
+
+
+def test_a_prompt_to_train_that_the_template_changes_is_refused(tokenizer):
+    template = MARKED.replace(
+        "{{ message['content'] + '<|im_end|>' }}\n{%- endif", "{{ message['content'] | upper }}\n{%- endif"
+    )
+    example = Example((Message("user", "Hi", train=True), Message("assistant", "Yes?")))
+    assert "does not render its text as it is" in fault(Renderer(tokenizer, template), example)
+
+
+def test_half_a_character_is_refused_and_leaves_the_others_alone(tokenizer):
+    good, bad = Renderer(tokenizer, MARKED).render([SINGLE, conversation(("user", "a\ud83d"), ("assistant", "b"))])
+    assert isinstance(good, Rendered)
+    assert str(bad) == "the conversation holds '\\ud83d', which is no character"
+
+
+@given(text=TEXT, bounds=st.tuples(st.integers(0, 20), st.integers(0, 20)))
+def test_the_tokens_in_a_span_are_those_whose_offsets_are(tokenizer, text, bounds):
+    text += "<|im_end|> end 👩‍🚀"
+    start, stop = sorted(min(bound, len(text)) for bound in bounds)
+    encoded = tokenizer([text], add_special_tokens=False, return_offsets_mapping=True)
+    first, behind = token_range(encoded.encodings[0], (start, stop))
+    inside = [i for i, (a, b) in enumerate(encoded["offset_mapping"][0]) if start <= a and b <= stop]
+    assert list(range(first, behind)) == inside
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -192,8 +359,9 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
     thinking = conversation(
         ("user", "Hi"), ("assistant", "<think>x</think>Yes?"), ("user", "Why?"), ("assistant", "<think>y</think>So.")
     )
-    with pytest.raises(ValueError, match=r"rewrites earlier turns.* use a template with \{% generation %\} blocks"):
-        renderer.render([thinking])
+    refused = fault(renderer, thinking)
+    assert refused.startswith("the chat template rewrites earlier turns")
+    assert refused.endswith("use a template with {% generation %} blocks")
     last = Example(thinking.messages[2:])
     assert trained_runs(tokenizer, renderer.render([last])[0]) == ["<think>y</think>So.<|im_end|>"]
 
@@ -201,22 +369,23 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
 def test_a_template_whose_prompt_is_no_beginning_of_the_whole_is_refused(tokenizer):
     template = tokenizer.chat_template.replace("'<|im_start|>assistant\\n'", "'<|im_start|>model\\n'")
     assert template != tokenizer.chat_template
-    with pytest.raises(ValueError, match="rewrites earlier turns"):
-        Renderer(tokenizer, template).render([SINGLE])
+    assert "rewrites earlier turns" in fault(Renderer(tokenizer, template), SINGLE)
 
 
 @pytest.mark.parametrize("template", ["", "{% generation %}{% endgeneration %}"])
 def test_a_template_that_renders_nothing_is_refused(tokenizer, template):
-    with pytest.raises(ValueError, match="renders nothing for this conversation"):
-        Renderer(tokenizer, template).render([SINGLE])
+    assert fault(Renderer(tokenizer, template), SINGLE) == "the chat template renders nothing for this conversation"
 
 
 @pytest.mark.parametrize("marked", [False, True])
 def test_a_template_that_refuses_a_conversation_says_why(tokenizer, marked):
     renderer = Renderer(tokenizer, NO_SYSTEM + (MARKED if marked else tokenizer.chat_template))
-    assert len(renderer.render([SINGLE])) == 1
-    with pytest.raises(ValueError, match="with the roles system, user, assistant: System role not supported"):
-        renderer.render([MULTI])
+    good, bad, also_good = renderer.render([SINGLE, MULTI, SINGLE])
+    assert isinstance(bad, ValueError)
+    assert str(bad) == (
+        "the chat template refuses a conversation with the roles system, user, assistant: System role not supported"
+    )
+    assert good == also_good == render_one(renderer, SINGLE)  # one bad row leaves the others alone
 
 
 # --- which template -------------------------------------------------------------------------------------------------
@@ -255,8 +424,31 @@ def test_what_is_no_template_file(tokenizer, tmp_path, name):
     with pytest.raises(RequestError) as refused:
         resolve_template(path, tokenizer, "m")
     assert refused.value.messages == (
-        f"data.template: unknown {path!r}; give `auto` or the path of a .jinja file that exists",
+        f"data.template: unknown {path!r}; give `auto`, a name that `rayloom templates` lists, "
+        "or the path of a .jinja file that exists",
     )
+
+
+def test_a_name_of_the_library(tokenizer):
+    assert resolve_template("qwen2_5", tokenizer, "m") == library_template("qwen")
+    with pytest.raises(
+        RequestError, match=r"^data\.template: unknown 'qwen33'; did you mean 'qwen3'\? Give `auto`, a na"
+    ):
+        resolve_template("qwen33", tokenizer, "m")
+
+
+def test_auto_takes_trls_training_version(tiny_model):
+    """TRL knows the template by its text, and has one that marks the answers of the same turns."""
+    chat_template_utils = pytest.importorskip("trl.chat_template_utils", reason="TRL is not installed")
+    model = AutoTokenizer.from_pretrained(tiny_model)
+    model.chat_template = chat_template_utils.qwen3_chat_template
+    template = resolve_template("auto", model, "m")
+    assert template == chat_template_utils.qwen3_training_chat_template
+    assert model.chat_template == chat_template_utils.qwen3_chat_template
+    # That template has leading line breaks of an answer go, and the line break behind the end-of-turn learnt.
+    assert trained_runs(model, render_one(Renderer(model, template), SINGLE)) == [
+        "<think>\n\n</think>\n\nMy name is Loomis.<|im_end|>\n"
+    ]
 
 
 @pytest.mark.parametrize(

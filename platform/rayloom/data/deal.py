@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import ray.data
 import ray.exceptions
@@ -105,6 +106,21 @@ class Shard:
             RequestError: a row that cannot be read or understood.
         """
         return deal(self._blocks(self.dealer.block.remote(0)), self.rank, self.workers, batch_rows)
+
+    def first(self, examples: int, batch_rows: int) -> list[pa.Table]:
+        """This worker's batches of the stream's first `examples` token rows, kept in memory; every worker gets as many.
+
+        Raises:
+            JobError, RequestError: as `batches`.
+        """
+        taken, rows = [], 0
+        for block in self._blocks(self.dealer.block.remote(0)):
+            full = block.filter(pc.greater(pc.list_value_length(block["input_ids"]), 0))
+            taken.append(full.slice(0, examples - rows))
+            rows += taken[-1].num_rows
+            if rows == examples:
+                break
+        return list(deal(taken, self.rank, self.workers, batch_rows))
 
     def _blocks(self, coming: Any) -> Iterator[pa.Table]:
         number = 0

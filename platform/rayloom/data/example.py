@@ -42,9 +42,9 @@ class Message:
 class Example:
     """One row of a data set, whatever its format was. Which fields are set says what kind of example it is:
 
-    - a conversation: `messages`, an optional system message, then user (or tool) and assistant in turn, ending with
-      the assistant;
-    - a preference: `messages` is the prompt (it ends before an assistant's turn); `chosen` and `rejected` go on from it;
+    - a conversation: `messages`, an optional system message, user (or tool) and assistant in turn, the
+      assistant last;
+    - a preference: `messages` is the prompt (it ends before an assistant turn); `chosen` and `rejected` go on from it;
     - a judged answer (KTO): a conversation with `desirable`;
     - plain text: `text`.
     """

@@ -1,31 +1,42 @@
-"""From the job's `data` part to a `Plan`: locate the chunks, tell the formats, work out the mixture."""
+"""From the job's `data` part to a `Plan`: find the files, tell the formats, fix the shares. No set is read through."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 from rayloom.data.config import DataConfig, DatasetConfig
-from rayloom.data.example import Example
-from rayloom.data.files import Chunk, index_file, read_rows
-from rayloom.data.formats import FORMATS, Row, detect_format, telling_columns
-from rayloom.data.mixture import Mixture
-from rayloom.data.plan import IndexedSet, Plan
+from rayloom.data.description import DescribedSet, Description, read_descriptions
+from rayloom.data.files import DataFile, count_rows, estimate_rows, locate, place, read_rows
+from rayloom.data.formats import FORMATS, Converter, Row, detect_format, load_converters, telling_columns
+from rayloom.data.permutation import permutation
+from rayloom.data.plan import DataSet, Plan
+from rayloom.data.segment import align
+from rayloom.data.walk import count_chunk
 from rayloom.errors import RequestError
 
 CHECKED_BYTES = 4 << 20
+COUNTED_CHUNKS = 16
+"""A set of so few chunks is counted at once: that takes no time, and its length is exact from the start."""
 
 
 def make_plan(config: DataConfig, *, seed: int, epochs: int | None) -> Plan:
     """Locate every data set and fix the order of the stream.
 
     Raises:
-        RequestError: a file that cannot be read, or whose format cannot be told.
+        RequestError: a file that cannot be read, a format that cannot be told or is not known.
     """
-    sets = tuple(_locate(data_set) for data_set in config.train)
-    weights = tuple(1.0 if data_set.weight is None else data_set.weight for data_set in config.train)
-    mixture = Mixture(tuple(data_set.length for data_set in sets), weights, config.mix)
-    return Plan(sets, mixture, seed, config.window, epochs)
+    known = {**FORMATS, **(load_converters(config.converters) if config.converters else {})}
+    described = read_descriptions(config.description) if config.description else {}
+    sets = tuple(_locate(data_set, described, known, seed) for data_set in config.train)
+    if config.mix == "concat":
+        weights = tuple(float(data_set.estimated_rows) for data_set in sets)
+    else:
+        weights = tuple(1.0 if data_set.weight is None else data_set.weight for data_set in config.train)
+    return Plan(sets, weights, config.mix, seed, config.window, epochs)
 
 
-def check_rows(plan: Plan) -> None:
+def check_rows(plan: Plan, converters: str | None) -> None:
     """Parse and align the first few megabytes of every set, so that most faults show before anything is loaded.
 
     Raises:
@@ -34,45 +45,102 @@ def check_rows(plan: Plan) -> None:
     faults: list[str] = []
     for data_set in plan.sets:
         try:
-            checked = 0
-            for chunk in data_set.chunks:
-                if checked >= CHECKED_BYTES:
-                    break
-                checked += chunk.stop - chunk.start
-                read_examples(data_set, chunk, range(chunk.rows))
+            _check_set(data_set, converters)
         except RequestError as error:
             faults += error.messages
     if faults:
         raise RequestError(*faults)
 
 
-def read_examples(data_set: IndexedSet, chunk: Chunk, rows: range | list[int]) -> list[Example]:
-    """Read rows of one chunk (numbers within the chunk) and bring them into the standard form.
+def _check_set(data_set: DataSet, converters: str | None) -> None:
+    checked = 0
+    for index in range(data_set.chunks):
+        if checked >= CHECKED_BYTES:
+            return
+        chunk = data_set.chunk(index)
+        file, number = data_set.locate(chunk)
+        checked += file.size // file.chunks
+        for row, raw in enumerate(read_rows(file, number, range(count_chunk(data_set, chunk)))):
+            fault = raw.fault
+            if raw.columns is not None:
+                try:
+                    align(raw.columns, data_set, converters)
+                except ValueError as error:
+                    fault = f"{error} (read as {data_set.description.format})"
+            if fault:
+                raise RequestError(f"{place(file, number, row)}: {fault}")
 
-    Raises:
-        RequestError: naming file, line, row and what is wrong with it.
-    """
-    return [align(row, data_set.format, place) for place, row in read_rows(chunk, rows)]
+
+def _locate(
+    config: DatasetConfig, described: dict[str, DescribedSet], known: dict[str, Converter], seed: int
+) -> DataSet:
+    description = Description.model_validate(
+        config.model_dump(include=set(Description.model_fields), exclude_unset=True)
+    )
+    address, subset, split, folder, samples = (
+        config.path,
+        config.subset,
+        config.split,
+        config.folder,
+        config.max_samples,
+    )
+    if config.path in described and not Path(config.path).exists():
+        entry = described[config.path]
+        if entry.refusal:
+            raise RequestError(entry.refusal)
+        # What the job says itself goes before what the description says.
+        description = entry.description.model_copy(
+            update={name: getattr(description, name) for name in description.model_fields_set}
+        )
+        address, subset, folder = entry.address, subset or entry.subset, folder or entry.folder
+        split = config.split if "split" in config.model_fields_set else entry.split
+        samples = samples or entry.num_samples
+    files = locate(address, subset=subset, split=split, folder=folder)
+    if description.format == "auto":
+        description = description.model_copy(update={"format": _tell_format(files, config.path, description)})
+    elif description.format not in known:
+        raise RequestError(
+            f"data.train: {config.name}: unknown format {description.format!r}; known are {', '.join(known)}"
+        )
+    whole = DataSet(config.name, description, files, max(1, estimate_rows(files)))
+    if whole.chunks <= COUNTED_CHUNKS and whole.length is None:
+        rows = sum(count_chunk(whole, chunk) for chunk in range(whole.chunks))
+        whole = replace(whole, estimated_rows=rows, is_counted=True)
+    return whole if samples is None else _sample(whole, samples, seed)
 
 
-def align(row: Row, format_name: str, place: str) -> Example:
-    """One raw row in the standard form; `place` begins the message where that cannot be."""
-    try:
-        return FORMATS[format_name](row)
-    except ValueError as error:
-        raise RequestError(f"{place}: {error} (read as {format_name})") from None
+def _tell_format(files: tuple[DataFile, ...], path: str, description: Description) -> str:
+    """The format of the first row that can be read."""
+    for file in files:
+        for chunk in range(file.chunks):
+            if not count_rows(file, chunk):
+                continue
+            (raw,) = read_rows(file, chunk, [0])
+            if raw.columns is None:
+                raise RequestError(f"{place(file, chunk, 0)}: {raw.fault}")
+            return _format_of(raw.columns, place(file, chunk, 0), path, description)
+    raise RequestError(f"{path}: is empty; a data set needs at least one row")
 
 
-def _locate(config: DatasetConfig) -> IndexedSet:
-    chunks = tuple(index_file(config.path))
-    format_name: str | None = config.format
-    if format_name == "auto":
-        ((place, row),) = read_rows(chunks[0], [0])
-        format_name = detect_format(row)
-        if format_name is None:
-            raise RequestError(
-                f"{place}: cannot tell the format of {config.path} from the columns {', '.join(map(repr, row))}; "
-                f"known are {telling_columns()}, or name a `format`"
-            )
-    assert format_name is not None
-    return IndexedSet(config.name, format_name, chunks)
+def _format_of(row: Row, where: str, path: str, description: Description) -> str:
+    name = detect_format(row, description)
+    if name is None:
+        raise RequestError(
+            f"{where}: cannot tell the format of {path} from the columns {', '.join(map(repr, row))}; "
+            f"known are {telling_columns()}, or name a `format`"
+        )
+    return name
+
+
+def _sample(data_set: DataSet, rows: int, seed: int) -> DataSet:
+    """The first chunks of a random order that hold `rows` rows; no more chunks are counted than that takes."""
+    chosen, found = [], 0
+    for chunk in permutation(data_set.chunks, seed, data_set.name, "sample"):
+        count = count_chunk(data_set, int(chunk))
+        if count:
+            chosen.append(int(chunk))
+            found += count
+        if found >= rows:
+            last_rows = count - (found - rows)
+            return replace(data_set, estimated_rows=rows, chosen=tuple(chosen), last_rows=last_rows)
+    return data_set

@@ -6,12 +6,17 @@ share s is within 1/2 + s (D - 2) / 2 rows of its exact share of the slots so fa
 one for three). How many rows each set has given after n slots is found by bisection, without walking there. The four
 strategies differ only in where the times begin to be ignored and where the epoch ends:
 
-| strategy         | weights           | a set that ran out | the epoch ends                          |
-|------------------|-------------------|--------------------|-----------------------------------------|
-| concat           | the sets' lengths | gives no more      | when all ran out (each row exactly once) |
-| interleave_once  | as given          | gives no more      | when all ran out (each row exactly once) |
-| interleave_under | as given          | (does not happen)  | before a set would have to repeat       |
-| interleave_over  | as given          | starts again       | with the last row of the last set       |
+| strategy         | a set that ran out | the epoch ends                           |
+|------------------|--------------------|------------------------------------------|
+| concat           | gives no more      | when all ran out (each row exactly once) |
+| interleave_once  | gives no more      | when all ran out (each row exactly once) |
+| interleave_under | (does not happen)  | before a set would have to repeat        |
+| interleave_over  | starts again       | with the last row of the last set        |
+
+`concat` is `interleave_once` with the sets' lengths (or an estimate of them) as weights.
+
+A length may be unknown as long as the set has not run out: it decides nothing before that. So the stream can start
+before anyone has counted the rows, and learn a set's length when it comes to its end.
 
 Times are compared as exact fractions: no rounding decides a slot.
 """
@@ -33,19 +38,19 @@ class Mixture:
     """Shares of several data sets in one epoch.
 
     Attributes:
-        lengths: rows of each set, each at least 1.
-        weights: relative share of each set, each above 0; ignored by `concat`.
+        lengths: rows of each set, at least 1; None where the end has not been seen.
+        weights: relative share of each set, above 0.
         strategy: see the module's table.
     """
 
-    lengths: tuple[int, ...]
+    lengths: tuple[int | None, ...]
     weights: tuple[float, ...]
     strategy: Strategy
 
     def __post_init__(self) -> None:
         if not self.lengths or len(self.lengths) != len(self.weights):
             raise ValueError(f"{len(self.lengths)} lengths and {len(self.weights)} weights; need one of each per set")
-        if min(self.lengths) < 1:
+        if any(length is not None and length < 1 for length in self.lengths):
             raise ValueError(f"every set needs at least one row; lengths are {self.lengths}")
         if min(self.weights) <= 0:
             raise ValueError(f"every weight must be above 0; weights are {self.weights}")
@@ -53,31 +58,34 @@ class Mixture:
     @cached_property
     def rates(self) -> tuple[Fraction, ...]:
         """Rows of each set per unit of time."""
-        if self.strategy == "concat":
-            return tuple(Fraction(length) for length in self.lengths)
         return tuple(Fraction(str(weight)) for weight in self.weights)
 
     @cached_property
-    def epoch_length(self) -> int:
-        """Slots in one epoch."""
-        if self.strategy in ("concat", "interleave_once"):
-            return sum(self.lengths)
+    def epoch_length(self) -> int | None:
+        """Slots in one epoch; None while too few ends have been seen to tell."""
+        known = [(d, length) for d, length in enumerate(self.lengths) if length is not None]
+        if self.strategy == "interleave_under" and known:
+            # The first slot that is missing is the first row after a set's end, the earlier set where two tie.
+            end = min((self._time(d, length), d) for d, length in known)
+            return sum(self._rows_up_to(d, end, inclusive=False) for d in range(len(self.lengths)))
+        if len(known) < len(self.lengths):
+            return None
         if self.strategy == "interleave_over":
             # The last slot is the last row of the set that takes longest, the later set where two tie.
-            end = max((self._time(d, self.lengths[d] - 1), d) for d in range(len(self.lengths)))
+            end = max((self._time(d, length - 1), d) for d, length in known)
             return sum(self._rows_up_to(d, end, inclusive=True) for d in range(len(self.lengths)))
-        # The first slot that is missing is the first row after a set's end, the earlier set where two tie.
-        end = min((self._time(d, self.lengths[d]), d) for d in range(len(self.lengths)))
-        return sum(self._rows_up_to(d, end, inclusive=False) for d in range(len(self.lengths)))
+        return sum(length for _, length in known)
 
     def counts(self, slots: int) -> tuple[int, ...]:
         """Rows that each set has given in the first `slots` slots of an epoch; they sum to `slots`.
 
         With `interleave_over` a count may pass the set's length: row n is then row n mod length of pass n // length.
         """
-        if not 0 <= slots <= self.epoch_length:
+        if slots < 0 or (self.epoch_length is not None and slots > self.epoch_length):
             raise ValueError(f"slots must lie in 0..{self.epoch_length}, not {slots}")
-        low, high = 0, self._last_tick + 1  # counts at tick `low` never exceed `slots`
+        low, high = 0, 1  # counts at tick `low` never exceed `slots`
+        while sum(self._counts_at(high)) <= slots and not self._all_ran_out(high):
+            low, high = high, 2 * high
         while high - low > 1:
             middle = (low + high) // 2
             if sum(self._counts_at(middle)) <= slots:
@@ -88,11 +96,6 @@ class Mixture:
         for _ in range(slots - sum(counts)):  # the few rows between two ticks, one by one
             counts[self._next_set(counts)] += 1
         return tuple(counts)
-
-    def slots(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """The slots `start..stop` as (set, row of that set), sets in turn; the caller shuffles within a block."""
-        first, last = self.counts(start), self.counts(stop)
-        return [(d, row) for d in range(len(self.lengths)) for row in range(first[d], last[d])]
 
     def _time(self, d: int, row: int) -> Fraction:
         return Fraction(2 * row + 1) / (2 * self.rates[d])
@@ -115,18 +118,20 @@ class Mixture:
     def _tick(self) -> Fraction:
         return 1 / sum(self.rates, Fraction(0))
 
-    @cached_property
-    def _last_tick(self) -> int:
-        latest = max(self._time(d, length) for d, length in enumerate(self.lengths))
-        return math.ceil(latest / self._tick)
+    def _all_ran_out(self, tick: int) -> bool:
+        return not self._repeats and self._counts_at(tick) == self.lengths
 
     def _counts_at(self, tick: int) -> tuple[int, ...]:
         time = tick * self._tick
-        counts: Sequence[int] = [math.floor(time * rate + Fraction(1, 2)) for rate in self.rates]
-        if not self._repeats:
-            counts = [min(count, length) for count, length in zip(counts, self.lengths, strict=True)]
-        return tuple(counts)
+        counts = [math.floor(time * rate + Fraction(1, 2)) for rate in self.rates]
+        if self._repeats:
+            return tuple(counts)
+        return tuple(
+            count if length is None else min(count, length) for count, length in zip(counts, self.lengths, strict=True)
+        )
 
     def _next_set(self, counts: Sequence[int]) -> int:
-        open_sets = [d for d, length in enumerate(self.lengths) if self._repeats or counts[d] < length]
+        open_sets = [
+            d for d, length in enumerate(self.lengths) if self._repeats or length is None or counts[d] < length
+        ]
         return min(open_sets, key=lambda d: (self._time(d, counts[d]), d))

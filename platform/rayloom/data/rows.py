@@ -13,14 +13,27 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from rayloom.data.encoding import IGNORED
 from rayloom.data.pack import pack
-from rayloom.data.plan import Plan
+from rayloom.data.permutation import permutation
+from rayloom.data.plan import Cursor, Position, Segment
 from rayloom.errors import RequestError
 
-IGNORED = -100
-"""Label of a token that is not trained (`torch.nn.functional.cross_entropy`'s default `ignore_index`)."""
+DROP_REASONS = (
+    "cannot be read",
+    "does not fit its format",
+    "refused by the template",
+    "longer than the cutoff",
+    "nothing to train",
+)
+UNREADABLE, MISFIT, REFUSED, TOO_LONG, UNTRAINED = range(len(DROP_REASONS))
+COUNTERS = (*DROP_REASONS, "held out", "cut", "tokens cut")
+"""What is counted of each data set: examples left out by reason, examples kept for evaluation, examples that were cut
+to the cutoff, and the tokens that they lost."""
+HELD_OUT, CUT, TOKENS_CUT = range(len(DROP_REASONS), len(COUNTERS))
 
-DROP_REASONS = ("longer than the cutoff", "nothing to train")
+SAME_LENGTH_ROWS = 32
+"""Without packing, so many rows of nearly one length follow each other: batches hold little padding."""
 
 SCHEMA = pa.schema(
     {
@@ -28,11 +41,12 @@ SCHEMA = pa.schema(
         "labels": pa.list_(pa.int32()),
         "position_ids": pa.list_(pa.int32()),
         "sets": pa.list_(pa.int32()),  # of each example in the row: the number of its data set ...
-        "rows": pa.list_(pa.int64()),  # ... and its row there
-        "dropped": pa.list_(pa.int32()),  # on a segment's first row: examples left out, per set and reason
+        "rows": pa.list_(pa.int64()),  # ... and its row there, `row_id`
+        "counts": pa.list_(pa.int64()),  # on a segment's first row: `COUNTERS` of each set, sets first
         "epoch": pa.int64(),
         "segment": pa.int64(),
         "row": pa.int64(),
+        "cursors": pa.list_(pa.int64()),  # of the segment: `flatten_cursors`
         "epochs_done": pa.float64(),  # at the end of the row
         "error": pa.string(),  # why a segment could not be made; such a table has one row, and nothing else in it
     }
@@ -43,55 +57,109 @@ SCHEMA = pa.schema(
 class Encoded:
     """One example as tokens: `labels[i]` is `input_ids[i]` where it is trained, else `IGNORED`."""
 
-    input_ids: list[int]
-    labels: list[int]
+    input_ids: Sequence[int]
+    labels: Sequence[int]
     set: int
     row: int
+    continues: bool = False
+    """Whether it goes on from an earlier piece of the same example, which stands for the whole."""
+
+
+def row_id(chunk: int, row: int) -> int:
+    """The number by which a row of a data set is known: the chunk in the upper, the row in the lower 32 bits."""
+    return chunk << 32 | row
+
+
+def row_name(number: int) -> str:
+    """A row's number for people and manifests: `chunk:row`."""
+    return f"{number >> 32}:{number & 0xFFFFFFFF}"
 
 
 def segment_table(
-    plan: Plan, epoch: int, segment: int, examples: Sequence[Encoded], dropped: Sequence[int], capacity: int | None
+    segment: Segment, examples: Sequence[Encoded], counts: Sequence[int], capacity: int | None, seed: int
 ) -> pa.Table:
     """The token rows of one segment.
 
     Args:
         examples: the segment's examples in stream order.
-        dropped: how many examples were left out, per set and reason, sets first.
-        capacity: tokens in a packed row; None: one example a row.
+        counts: `COUNTERS` of each set, sets first.
+        capacity: tokens in a packed row; None: one example a row, neighbours of nearly one length.
     """
+    lengths = [len(example.input_ids) for example in examples]
+    start = segment.start
     if capacity is None:
-        groups = [[index] for index in range(len(examples))]
+        groups = [[index] for index in _by_length(lengths, (seed, start.epoch, "rows", start.segment))]
     else:
-        groups = pack([len(example.input_ids) for example in examples], capacity)
+        groups = pack(lengths, capacity)
     if not groups:  # all were left out; an empty row still tells how many
         groups = [[]]
+    cursors = flatten_cursors(start)
     rows = []
     for number, group in enumerate(groups):
         members = [examples[index] for index in group]
         rows.append(
             {
-                "input_ids": [token for example in members for token in example.input_ids],
-                "labels": [label for example in members for label in example.labels],
-                "position_ids": [i for example in members for i in range(len(example.input_ids))],
-                "sets": [example.set for example in members],
-                "rows": [example.row for example in members],
-                "dropped": list(dropped) if number == 0 else [],
-                "epoch": epoch,
-                "segment": segment,
+                "input_ids": _joined([example.input_ids for example in members]),
+                "labels": _joined([example.labels for example in members]),
+                "position_ids": _joined([range(len(example.input_ids)) for example in members]),
+                "sets": [example.set for example in members if not example.continues],
+                "rows": [example.row for example in members if not example.continues],
+                "counts": list(counts) if number == 0 else [],
+                "epoch": start.epoch,
+                "segment": start.segment,
                 "row": number,
-                "epochs_done": plan.epochs_done(epoch, segment, (number + 1) / len(groups)),
+                "cursors": cursors,
+                "epochs_done": segment.epochs_done((number + 1) / len(groups)),
             }
         )
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
-def error_table(error: RequestError) -> pa.Table:
-    """A table that stands for a segment that could not be made.
+def _joined(parts: Sequence[Sequence[int] | range]) -> np.ndarray:
+    return np.concatenate([np.empty(0, dtype=np.int32), *(np.asarray(part, dtype=np.int32) for part in parts)])
+
+
+def _by_length(lengths: Sequence[int], key: tuple[object, ...]) -> list[int]:
+    """Runs of neighbours in length, the runs in a random order that `key` fixes."""
+    order = np.argsort(np.asarray(lengths, dtype=np.int64), kind="stable")
+    runs = [order[start : start + SAME_LENGTH_ROWS] for start in range(0, len(order), SAME_LENGTH_ROWS)]
+    return [int(index) for run in permutation(len(runs), *key) for index in runs[run]]
+
+
+_UNKNOWN = -1
+CURSOR_NUMBERS = 5
+"""Whole numbers that stand for one set's cursor and length."""
+
+
+def flatten_cursors(position: Position) -> list[int]:
+    """The cursors and lengths of a position as whole numbers, `CURSOR_NUMBERS` for each set."""
+    return [
+        number
+        for cursor, length in zip(position.cursors, position.lengths, strict=True)
+        for number in (*cursor.numbers, _UNKNOWN if length is None else length)
+    ]
+
+
+def position_from(numbers: Sequence[int]) -> Position:
+    """The position that epoch, segment, row and `flatten_cursors` stand for."""
+    epoch, segment, row, *flat = numbers
+    sets = [flat[start : start + CURSOR_NUMBERS] for start in range(0, len(flat), CURSOR_NUMBERS)]
+    return Position(
+        epoch,
+        segment,
+        row,
+        tuple(Cursor(*numbers[:-1]) for numbers in sets),
+        tuple(None if length == _UNKNOWN else length for *_, length in sets),
+    )
+
+
+def error_table(error: RequestError, schema: pa.Schema = SCHEMA) -> pa.Table:
+    """A table of `schema` that stands for a segment that could not be made.
 
     Errors travel as data: of an exception in a task Ray Data hands on the text only, and the user's is not to be
     told by its text.
     """
-    return pa.Table.from_pylist([{"error": json.dumps(error.messages)}], schema=SCHEMA)
+    return pa.Table.from_pylist([{"error": json.dumps(error.messages)}], schema=schema)
 
 
 def raise_error(table: pa.Table) -> None:

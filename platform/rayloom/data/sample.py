@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rayloom.data.encoding import Encoding
 from rayloom.data.pack import pack
-from rayloom.data.plan import Plan
+from rayloom.data.plan import Plan, Position
 from rayloom.data.rows import Encoded
-from rayloom.data.segment import Encoder, drop_reason, read_segment
+from rayloom.data.segment import Encoder, SegmentOptions, drop_reason, encode_all, read_segment
+from rayloom.data.walk import Walk
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,9 @@ class Measured:
 
     set: int
     tokens: int
+    """Tokens that are left of it at the cutoff."""
+    cut: int
+    """Tokens that it loses to the cutoff."""
     trained: int
     """Tokens that the loss is taken of."""
     dropped: int | None
@@ -35,6 +40,9 @@ class Sample:
     examples: tuple[Measured, ...]
     packed_rows: int
     """Rows that the trained examples make when each segment is packed."""
+
+    is_whole: bool
+    """Whether they are all of the epoch."""
 
     @property
     def kept(self) -> list[Measured]:
@@ -65,7 +73,7 @@ class Bin:
     count: int
 
 
-def take_sample(plan: Plan, encoder: Encoder, *, cutoff: int, first: int, size: int = 2000) -> Sample:
+def take_sample(plan: Plan, encoder: Encoder, options: SegmentOptions, *, first: int, size: int = 2000) -> Sample:
     """Encode the segments of epoch 0 from the first on until they hold `size` examples or the epoch ends.
 
     Args:
@@ -73,27 +81,32 @@ def take_sample(plan: Plan, encoder: Encoder, *, cutoff: int, first: int, size: 
         size: a segment alone may be larger (`data.window`); then it is cut here.
 
     Raises:
-        RequestError: a row that cannot be read, aligned or encoded.
+        RequestError: a row that cannot be read, aligned or encoded, unless such rows are skipped.
     """
     size = max(size, first)
     whole: list[Encoded] = []
     examples: list[Measured] = []
-    packed_rows = 0
-    for segment in range(plan.segments):
-        if len(examples) >= size:
-            break
-        items = read_segment(plan, 0, segment)[:size]
+    packed_rows, position, walk = 0, Position(), Walk(plan)
+    while position.epoch == 0 and len(examples) < size:
+        segment, position = walk.step(position)
+        items = read_segment(plan, segment, options)[:size]
         kept_lengths = []
-        tokens = encoder.encode([example for _, _, example in items])
-        for (set_index, row, _), (input_ids, labels) in zip(items, tokens, strict=True):
-            trained = sum(label >= 0 for label in labels[1:])
-            examples.append(Measured(set_index, len(input_ids), trained, drop_reason(input_ids, labels, cutoff)))
+        for item, encoding in zip(items, encode_all(plan.sets, items, encoder, options), strict=True):
+            if encoding is None:
+                examples.append(Measured(item.set, 0, 0, 0, item.counter))
+                continue
+            examples.append(_measure(item.set, encoding, options.cutoff))
             if examples[-1].dropped is None:
-                kept_lengths.append(len(input_ids))
+                kept_lengths.append(examples[-1].tokens)
             if len(whole) < first:
-                whole.append(Encoded(input_ids, labels, set_index, row))
-        packed_rows += len(pack(kept_lengths, cutoff))
-    return Sample(tuple(whole), tuple(examples), packed_rows)
+                whole.append(Encoded(encoding.input_ids, encoding.labels, item.set, item.row))
+        packed_rows += len(pack(kept_lengths, options.cutoff))
+    return Sample(tuple(whole), tuple(examples), packed_rows, position.epoch > 0 and len(examples) <= size)
+
+
+def _measure(set_index: int, encoding: Encoding, cutoff: int) -> Measured:
+    trained = sum(label >= 0 for label in encoding.labels[1:])
+    return Measured(set_index, len(encoding.input_ids), encoding.cut, trained, drop_reason(encoding, cutoff))
 
 
 def measure_lengths(lengths: Sequence[int]) -> Lengths:

@@ -1,6 +1,8 @@
 """The stream as a Ray Data pipeline: segments in order, worked on in parallel.
 
-    numbers of segments -> (one task each) read, align, template, tokenize, pack -> blocks of token rows, in order
+    numbers 0, 1, 2 ... -> (one task each) ask the planner, do the work -> tables in order
+
+To train, the work is to read, align, template, tokenize and pack (`segment.py`); to measure, to count (`measure.py`).
 
 `preserve_order` keeps what the plan fixed whichever task ends first. Resuming starts with the position's segment;
 nothing before it is read. How the rows reach the workers is said in `deal.py`.
@@ -10,21 +12,53 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import ray
 import ray.data
+import ray.exceptions
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
-from rayloom.data.plan import Plan, Position
-from rayloom.data.rows import SCHEMA, error_table
-from rayloom.data.segment import Encoder, encode_segment
-from rayloom.errors import RequestError
+from rayloom.data.plan import Plan, Position, Segment
+from rayloom.data.rows import error_table
+from rayloom.data.walk import Walk
+from rayloom.errors import JobError, RequestError
+
+PLANNER_SECONDS = 600.0
 
 
-class _Segments(Datasource):
+class _Planner:
+    """Walks the plan and says what is in segment `number`, the first being `start`'s. One actor for the pipeline.
+
+    The walk is sequential, because a segment begins where the one before it ended; it only counts rows, so it is far
+    ahead of the tasks. It keeps every segment's position, so that a task that Ray runs again is told the same.
+    """
+
+    def __init__(self, plan: Plan, start: Position) -> None:
+        self._plan = plan
+        self._walk = Walk(plan)
+        self._starts = [start]
+
+    def segment(self, number: int) -> Segment | RequestError | None:
+        """The segment; None behind the last one; an error as a value, since Ray hands on an exception's text only."""
+        try:
+            while True:
+                last = min(number, len(self._starts) - 1)
+                start = self._starts[last]
+                if self._plan.epochs is not None and start.epoch >= self._plan.epochs:
+                    return None
+                segment, after = self._walk.step(start)
+                if last == len(self._starts) - 1:
+                    self._starts.append(after)
+                if last == number:
+                    return segment
+        except RequestError as error:
+            return error
+
+
+class _Numbers(Datasource):
     """The numbers 0, 1, 2 ... one read task each: what there is to do, in order."""
 
     def __init__(self, count: int) -> None:
@@ -43,43 +77,65 @@ def _number(number: int) -> list[pa.Table]:
     return [pa.table({"number": [number]})]
 
 
-class _EncodeSegment:
-    """The map step: the number of a segment -> its token rows. The plan is held by reference, not sent each time."""
+class SegmentWork(Protocol):
+    """What is done with each segment, in a task. Sent to every task, so it is small."""
 
-    def __init__(self, plan: ray.ObjectRef, encoder: Encoder, start: Position, options: dict[str, Any]) -> None:
+    @property
+    def schema(self) -> pa.Schema:
+        """Of the tables that it makes; it has a text column `error` (`rayloom.data.rows.error_table`)."""
+        ...
+
+    def __call__(self, plan: Plan, segment: Segment) -> pa.Table:
+        """The table of one segment."""
+        ...
+
+
+class _DoSegment:
+    """The map step: the number of a segment -> its table. The plan is held by reference, not sent each time."""
+
+    def __init__(self, planner: Any, plan: ray.ObjectRef, work: SegmentWork, skip: int) -> None:
+        self._planner = planner
         self._plan = plan
-        self._encoder = encoder
-        self._start = start
-        self._options = options
+        self._work = work
+        self._skip = skip
 
     def __call__(self, numbers: pa.Table) -> pa.Table:
-        return pa.concat_tables([SCHEMA.empty_table(), *(self._encode(n) for n in numbers["number"].to_pylist())])
+        return pa.concat_tables(
+            [self._work.schema.empty_table(), *(self._do(n) for n in numbers["number"].to_pylist())]
+        )
 
-    def _encode(self, number: int) -> pa.Table:
-        plan: Plan = ray.get(self._plan)
-        epoch, segment = plan.segment_after(self._start, number)
+    def _do(self, number: int) -> pa.Table:
         try:
-            table = encode_segment(plan, epoch, segment, self._encoder, **self._options)
+            segment = ray.get(self._planner.segment.remote(number), timeout=PLANNER_SECONDS)
+        except ray.exceptions.GetTimeoutError:
+            raise JobError(
+                f"a data task waited {PLANNER_SECONDS:g} s for the planner to count the rows of segment {number}"
+            ) from None
+        if segment is None:
+            return self._work.schema.empty_table()
+        if isinstance(segment, RequestError):
+            return error_table(segment, self._work.schema)
+        plan: Plan = ray.get(self._plan)
+        try:
+            table = self._work(plan, segment)
         except RequestError as error:
-            return error_table(error)
-        return table.slice(self._start.row) if number == 0 else table
+            return error_table(error, self._work.schema)
+        return table.slice(self._skip) if number == 0 else table
 
 
 def build_stream(
     plan: Plan,
-    encoder: Encoder,
+    work: SegmentWork,
     start: Position,
     *,
     segments: int,
-    cutoff: int,
-    packing: bool,
     task_cpus: float,
     concurrency: int,
 ) -> ray.data.Dataset:
-    """A lazy Ray Data pipeline of token rows (`rayloom.data.rows.SCHEMA`) from `start` on.
+    """A lazy Ray Data pipeline of the tables that `work` makes of the segments from `start` on, in order.
 
     Args:
-        segments: how many segments to make, the first being `start`'s.
+        segments: how many segments to make at most, the first being `start`'s; behind the last there are no rows.
         task_cpus: CPUs that each task reserves; 0 where the workers hold all there are.
         concurrency: tasks at a time.
     """
@@ -90,9 +146,10 @@ def build_stream(
     context.enable_progress_bars = False
     # One block a segment, however large: a split block would be packed in two.
     context.target_max_block_size = None
-    encode = _EncodeSegment(ray.put(plan), encoder, start, {"cutoff": cutoff, "packing": packing})
+    planner = ray.remote(_Planner).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote(plan, start)
+    do = _DoSegment(planner, ray.put(plan), work, start.row)
     tasks: dict[str, Any] = {"num_cpus": task_cpus, "compute": ray.data.TaskPoolStrategy(size=concurrency)}
     with ray.data.DataContext.current(context):
         # The same resources and concurrency, so that Ray makes one task of the two steps.
-        segment_numbers = ray.data.read_datasource(_Segments(segments), override_num_blocks=segments, **tasks)
-        return segment_numbers.map_batches(encode, batch_size=None, batch_format="pyarrow", **tasks)
+        numbers = ray.data.read_datasource(_Numbers(segments), override_num_blocks=segments, **tasks)
+        return numbers.map_batches(do, batch_size=None, batch_format="pyarrow", **tasks)

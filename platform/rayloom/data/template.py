@@ -1,41 +1,41 @@
-"""Chat templates: an `Example` -> token ids, and which of them are the assistant's words.
+"""Chat templates: an `Example` -> token ids, and which of them are trained.
 
-One mechanism: the tokenizer's own `apply_chat_template`. The mask comes from the template's `{% generation %}` blocks
-where it has them; else from rendering prefixes: the text up to the answer (with the generation prompt) and the text up
-to the answer's end must both be prefixes of the whole, and what lies between them is the answer. The whole text is
-tokenized once, so the ids are exactly `apply_chat_template(tokenize=True)`'s.
+One mechanism: Jinja, rendered as the tokenizer's own `apply_chat_template` does it. Where an answer lies comes from the
+template's `{% generation %}` blocks where it has them; else from rendering prefixes: the text up to the answer (with
+the generation prompt) and the text up to the answer's end must both be prefixes of the whole, and what lies between
+them is the answer. The whole text is tokenized once, so the ids are exactly `apply_chat_template(tokenize=True)`'s.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 
-from rayloom.data.example import Example
+from rayloom.data.example import Example, Message
+from rayloom.data.spans import FixedTokens, Span, begins_inside_character, token_range
+from rayloom.data.template_library import known_names, library_template
 from rayloom.errors import RequestError
 
+_T = TypeVar("_T")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """Token ids of a conversation, and for each whether it is trained (the assistant's words and the end-of-turn)."""
-
-    input_ids: list[int]
-    trained: list[bool]
+_STAND_IN = re.compile("\ue000(\\d+)\ue001")
+"""What stands in for a message's text to find where the template puts it: characters that no template knows."""
 
 
 def resolve_template(template: str, tokenizer: Any, model_path: str) -> str:
-    """The Jinja text for the job's `data.template`.
+    """The Jinja text for the job's `data.template`: `auto`, a name of the library, or the path of a `.jinja` file.
+
+    `auto` is the model's own template, or TRL's training version of it, where TRL is installed and has one: that marks
+    the answers, and renders earlier turns as they were learnt.
 
     Raises:
-        RequestError: a model without its own template, a file that is not there, or text that is no template.
+        RequestError: a model without its own template, an unknown name, a file that is not there, or no template in it.
     """
     if template == "auto":
         own = tokenizer.chat_template
@@ -43,10 +43,13 @@ def resolve_template(template: str, tokenizer: Any, model_path: str) -> str:
             own = own.get("default")
         if not own:
             raise RequestError(f"data.template: auto: {model_path} has no chat template; name a .jinja file instead")
-        return own
+        return own if _GENERATION.search(own) else _training_version(tokenizer) or own
+    named = library_template(template)
+    if named is not None:
+        return named
     file = Path(template).expanduser()
     if file.suffix != ".jinja" or not file.is_file():
-        raise RequestError(f"data.template: unknown {template!r}; give `auto` or the path of a .jinja file that exists")
+        raise RequestError(_unknown(template))
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -64,60 +67,186 @@ def resolve_template(template: str, tokenizer: Any, model_path: str) -> str:
     return text
 
 
-class Renderer:
-    """Renders examples with one tokenizer and one template. Changes neither."""
+def _training_version(tokenizer: Any) -> str | None:
+    try:
+        from trl.chat_template_utils import get_training_chat_template
+    except ImportError:  # TRL comes with the stages that train on it
+        return None
+    try:
+        return get_training_chat_template(tokenizer)
+    except Exception:  # it has none (ValueError), or what it tries on the template fails there
+        return None
 
-    def __init__(self, tokenizer: Any, template: str) -> None:
+
+def _unknown(template: str) -> str:
+    near = difflib.get_close_matches(template, known_names(), n=1, cutoff=0.7)
+    guess = f"did you mean {near[0]!r}? Give" if near else "give"
+    return (
+        f"data.template: unknown {template!r}; {guess} `auto`, a name that `rayloom templates` lists, "
+        "or the path of a .jinja file that exists"
+    )
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Token ids of a conversation, and for each whether it is trained."""
+
+    input_ids: list[int]
+    trained: list[bool]
+
+
+@dataclass(frozen=True)
+class Cuttable:
+    """What may be cut from a rendered conversation."""
+
+    rendered: Rendered
+    parts: list[list[int]]
+    """Positions of the tokens of each message's text, rising."""
+    inner: frozenset[int]
+    """Those of them that go on with a character which the token before began."""
+
+
+class Renderer:
+    """Renders examples with one tokenizer and one template. Changes neither.
+
+    Trained are the assistant's words and the end-of-turn behind them; with `train_on_prompt` everything, with
+    `mask_history` the last answer only. A message's own `train` has the last word.
+
+    A row that cannot be rendered gives a `ValueError` in its place: one bad row of a batch leaves the others alone.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str,
+        *,
+        train_on_prompt: bool = False,
+        mask_history: bool = False,
+        enable_thinking: bool | None = None,
+    ) -> None:
+        if train_on_prompt and mask_history:
+            raise ValueError("`train_on_prompt` trains everything and `mask_history` the last answer only; choose one")
         self._tokenizer = tokenizer
         self._template = template
+        self._train_on_prompt = train_on_prompt
+        self._mask_history = mask_history
+        self._variables = dict(tokenizer.special_tokens_map)
+        if enable_thinking is not None:
+            self._variables["enable_thinking"] = enable_thinking
         self._marks_answers = bool(_GENERATION.search(template))
         self._end_of_turn = tuple(tokenizer.get_added_vocab())
+        self._fixed = FixedTokens.of(tokenizer)
 
-    def render(self, examples: Sequence[Example]) -> list[Rendered]:
-        """Render a batch; one tokenizer call for all of them.
+    # --- whole batches ----------------------------------------------------------------------------------------------
 
-        Raises:
-            ValueError: the template cannot say where an answer begins and ends, renders nothing, or refuses an example.
+    def render(self, examples: Sequence[Example]) -> list[Rendered | ValueError]:
+        """Render a batch of conversations; one tokenizer call for all of them.
+
+        A `ValueError` stands for a conversation that the template refuses or renders to nothing, or where it cannot
+        say where an answer begins and ends.
         """
-        if not examples:
-            return []
-        find = self._marked_spans if self._marks_answers else self._spans
-        texts, spans = zip(*(find(example.as_dicts()) for example in examples), strict=True)
-        if not all(texts):
-            raise ValueError("the chat template renders nothing for this conversation")
-        encoded = self._tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
+        found = [_or_error(self._find, example) for example in examples]
+        encodings = self._tokenize([one if isinstance(one, ValueError) else one[0] for one in found])
         return [
-            Rendered(ids, _inside(offsets, answers))
-            for ids, offsets, answers in zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True)
+            one if isinstance(one, ValueError) else _rendered(encoding, one[1], self._train_on_prompt)
+            for encoding, one in zip(encodings, found, strict=True)
         ]
 
-    def _marked_spans(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
+    def render_prompts(self, examples: Sequence[Example]) -> list[list[int] | ValueError]:
+        """Token ids of the messages with the generation prompt behind them, from where an answer goes on."""
+        texts = [_or_error(self._prompt_text, example) for example in examples]
+        return [one if isinstance(one, ValueError) else one.ids for one in self._tokenize(texts)]
+
+    def _tokenize(self, texts: Sequence[str | ValueError]) -> list[Any]:
+        """A `tokenizers.Encoding` for every text, the error for every error."""
+        good = [text for text in texts if isinstance(text, str)]
+        encodings = iter(self._tokenizer(good, add_special_tokens=False).encodings if good else ())
+        return [text if isinstance(text, ValueError) else next(encodings) for text in texts]
+
+    def _prompt_text(self, example: Example) -> str:
+        return _some_text(self._text(example.as_dicts(), example, add_generation_prompt=True))
+
+    # --- what is trained --------------------------------------------------------------------------------------------
+
+    def _find(self, example: Example) -> tuple[str, list[tuple[Span, bool]]]:
+        """The text, and which of its characters are trained otherwise than the rest: that is, than the prompt."""
+        text, answers = self._answer_spans(example)
+        flags = self._flags(example.messages)
+        of_answers = [flag for flag, message in zip(flags, example.messages, strict=True) if _is_answer(message)]
+        marked = [
+            (span, of_answers[owner])
+            for span, owner in zip(answers, self._owners(example, answers, of_answers), strict=True)
+        ]
+        odd = [
+            index
+            for index, message in enumerate(example.messages)
+            if not _is_answer(message) and flags[index] != self._train_on_prompt
+        ]
+        if odd:
+            places = self._places(example, text)
+            if any(index not in places for index in odd):
+                raise ValueError(
+                    "a message that is no answer says whether it is trained, "
+                    "but the chat template does not render its text as it is"
+                )
+            marked += [(places[index], flags[index]) for index in odd]
+        return text, marked
+
+    def _flags(self, messages: Sequence[Message]) -> list[bool]:
+        """Whether each message is trained."""
+        last = max((index for index, message in enumerate(messages) if _is_answer(message)), default=-1)
+        return [
+            self._train_on_prompt or (_is_answer(message) and (index == last or not self._mask_history))
+            if message.train is None
+            else message.train
+            for index, message in enumerate(messages)
+        ]
+
+    def _owners(self, example: Example, spans: Sequence[Span], flags: Sequence[bool]) -> Sequence[int]:
+        """For each marked span the number of the answer it belongs to."""
+        if len(spans) == len(flags):
+            return range(len(spans))
+        if len(set(flags)) == 1:  # then it does not matter, and need not be rendered
+            return [0] * len(spans)
+        owners: list[int] = []
+        answer = 0
+        for index, message in enumerate(example.messages):
+            if _is_answer(message):
+                upto = len(self._marked(example, example.as_dicts()[: index + 1])[1])
+                owners += [answer] * (upto - len(owners))
+                answer += 1
+        if len(owners) != len(spans):
+            raise ValueError("the chat template's {% generation %} blocks cannot be told apart by answers")
+        return owners
+
+    # --- where the answers are --------------------------------------------------------------------------------------
+
+    def _answer_spans(self, example: Example) -> tuple[str, list[Span]]:
+        """The text, and the characters of the answers."""
+        messages = example.as_dicts()
+        text, spans = (
+            self._marked(example, messages) if self._marks_answers else self._between_prefixes(example, messages)
+        )
+        return _some_text(text), spans
+
+    def _marked(self, example: Example, messages: list[dict[str, Any]]) -> tuple[str, list[Span]]:
         """The text, and the characters that `{% generation %}` blocks made.
 
         Not `apply_chat_template`'s own mask: where the last character of an answer takes several tokens, it has only
         the first of them.
         """
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        with _refusals(messages):
-            rendered: Any = render_jinja_template(
-                conversations=[messages],
-                chat_template=self._template,
-                return_assistant_tokens_mask=True,
-                **self._tokenizer.special_tokens_map,
-            )
-        (text,), (spans,) = rendered
+        (text,), (spans,) = self._jinja(messages, example, return_assistant_tokens_mask=True)
         return text, spans
 
-    def _spans(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
+    def _between_prefixes(self, example: Example, messages: list[dict[str, Any]]) -> tuple[str, list[Span]]:
         """The text, and the characters between the prefixes that end before and behind each answer."""
-        whole = self._text(messages)
+        whole = self._text(messages, example)
         spans = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._text(messages[:index], add_generation_prompt=True)
-            upto = whole if index == len(messages) - 1 else self._text(messages[: index + 1])
+            before = self._text(messages[:index], example, add_generation_prompt=True)
+            upto = whole if index == len(messages) - 1 else self._text(messages[: index + 1], example)
             if not (whole.startswith(upto) and upto.startswith(before)):
                 raise ValueError(
                     "the chat template rewrites earlier turns, so the answers cannot be told from the prompts; "
@@ -131,31 +260,128 @@ class Renderer:
         stripped = text.rstrip()
         return len(stripped) if stripped.endswith(self._end_of_turn) else len(text)
 
-    def _text(self, messages: list[dict[str, str]], **options: Any) -> str:
-        with _refusals(messages):
-            return self._tokenizer.apply_chat_template(
-                messages, chat_template=self._template, tokenize=False, **options
+    def _text(self, messages: list[dict[str, Any]], example: Example, **options: Any) -> str:
+        (text,), _ = self._jinja(messages, example, **options)
+        return text
+
+    def _jinja(self, messages: list[dict[str, Any]], example: Example, **options: Any) -> Any:
+        """What `apply_chat_template` does before it tokenizes. Transformers keeps the compiled template."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            return render_jinja_template(
+                conversations=[messages],
+                tools=list(example.tools) or None,
+                chat_template=self._template,
+                **self._variables,
+                **options,
             )
+        except Exception as error:  # its own `raise_exception("no system message")`, or whatever else Python can
+            roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
+            raise ValueError(f"the chat template refuses a conversation with the roles {roles}: {error}") from None
+
+    # --- what may be cut --------------------------------------------------------------------------------------------
+
+    def cuttable(self, example: Example) -> Cuttable:
+        """An example that `render` renders, and what may be cut from it.
+
+        In no part: the template's own tokens, the system message, tool calls, added tokens (an end-of-turn, an
+        image's), and all that a media block holds. A message whose text the template changes has no part.
+        """
+        text, marked = self._find(example)
+        encoding = self._tokenize([text])[0]
+        fixed = self._fixed.positions(encoding.ids)
+        places = self._places(example, text) | self._places(example, text, answers=True)
+        ranges = [
+            token_range(encoding, places[index])
+            for index, message in enumerate(example.messages)
+            if index in places and message.role != "system"
+        ]
+        spans = self._answer_spans(example)[1]
+        answers = [(index, message) for index, message in enumerate(example.messages) if _is_answer(message)]
+        if len(spans) == len(answers):
+            ranges += [
+                _without_end(encoding, text, span, fixed)
+                for span, (index, message) in zip(spans, answers, strict=True)
+                if index not in places and not message.tool_calls
+            ]
+        parts = [[token for token in range(*one) if token not in fixed] for one in ranges]
+        inner = frozenset(
+            token for part in parts for token in part if token and begins_inside_character(encoding, token)
+        )
+        return Cuttable(_rendered(encoding, marked, self._train_on_prompt), [part for part in parts if part], inner)
+
+    def _places(self, example: Example, text: str, *, answers: bool = False) -> dict[int, Span]:
+        """Where in the text the words of the messages are, by the message's number; of answers only if asked.
+
+        Told from rendering the conversation with stand-ins in their place; what lies between those must be found again.
+        So an answer whose thoughts the template moves is not found, nor what follows it.
+        """
+        stand_ins = [
+            message
+            if _is_answer(message) and not (answers and message.content.strip())
+            else replace(message, content=f"\ue000{index}\ue001")
+            for index, message in enumerate(example.messages)
+        ]
+        shadow = replace(example, messages=tuple(stand_ins))
+        try:
+            pieces = _STAND_IN.split(self._text(shadow.as_dicts(), shadow))
+        except ValueError:
+            return {}
+        places: dict[int, Span] = {}
+        position = len(pieces[0])
+        if not text.startswith(pieces[0]):
+            return {}
+        for number, behind in zip(pieces[1::2], pieces[2::2], strict=True):
+            words = example.messages[int(number)].content
+            forms = [form for form in (words, words.strip()) if text.startswith(form + behind, position)]
+            if not forms:
+                break
+            places[int(number)] = (position, position + len(forms[0]))
+            position += len(forms[0]) + len(behind)
+        return places
 
 
-@contextmanager
-def _refusals(messages: list[dict[str, str]]) -> Iterator[None]:
-    """Turn what a template raises, such as its own `raise_exception("no system message")`, into a `ValueError`."""
+def _is_answer(message: Message) -> bool:
+    return message.role == "assistant"
+
+
+def _some_text(text: str) -> str:
+    """The text itself.
+
+    Raises:
+        ValueError: there is none, or none that can be tokenized.
+    """
+    if not text:
+        raise ValueError("the chat template renders nothing for this conversation")
     try:
-        yield
-    except jinja2.TemplateError as error:
-        roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
-        raise ValueError(f"the chat template refuses a conversation with the roles {roles}: {error}") from None
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can write
+        raise ValueError(f"the conversation holds {text[error.start]!r}, which is no character") from None
+    return text
 
 
-def _inside(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
-    """For each token whether it lies in a span. A token that begins before an answer belongs to the prompt."""
-    trained = [False] * len(offsets)
-    token = 0
-    for start, stop in spans:
-        while token < len(offsets) and offsets[token][0] < start:
-            token += 1
-        while token < len(offsets) and offsets[token][0] < stop:
-            trained[token] = offsets[token][1] <= stop
-            token += 1
-    return trained
+def _or_error(find: Callable[[Example], _T], example: Example) -> _T | ValueError:
+    try:
+        return find(example)
+    except ValueError as error:
+        return error
+
+
+def _rendered(encoding: Any, marked: Sequence[tuple[Span, bool]], rest: bool) -> Rendered:
+    """Ids and mask: `rest` everywhere but in the marked spans of characters."""
+    trained = [rest] * len(encoding)
+    for span, flag in marked:
+        if flag != rest:
+            first, stop = token_range(encoding, span)
+            trained[first:stop] = [flag] * (stop - first)
+    return Rendered(encoding.ids, trained)
+
+
+def _without_end(encoding: Any, text: str, span: Span, fixed: set[int]) -> Span:
+    """The tokens of an answer without its end-of-turn."""
+    first, behind = token_range(encoding, span)
+    last = max((token for token in range(first, behind) if token in fixed), default=None)
+    if last is not None and not text[encoding.token_to_chars(last)[1] : span[1]].strip():
+        return (first, last)
+    return (first, behind)

@@ -10,5 +10,5 @@ from rayloom.config.part import ConfigPart
 class StageConfig(ConfigPart):
     """The training approach."""
 
-    type: Literal["sft"] = "sft"
-    """`sft`: supervised fine-tuning on the answers of conversations."""
+    type: Literal["pretrain", "sft"] = "sft"
+    """`pretrain`: learn every token of plain texts. `sft`: supervised fine-tuning on the answers of conversations."""

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
 from rayloom.config.job import JobConfig
 from rayloom.data.index import check_rows, make_plan
 from rayloom.data.plan import Plan
+from rayloom.data.segment import Encoder, SegmentOptions
+from rayloom.data.store import find_store
 from rayloom.data.template import resolve_template
 from rayloom.models.load import check_model_path, load_tokenizer
+from rayloom.stages.pretrain import PretrainEncoder
 from rayloom.stages.sft import SftEncoder
 
 
-def prepare_data(job: JobConfig) -> tuple[Plan, SftEncoder]:
+def prepare_data(job: JobConfig) -> tuple[Plan, Encoder]:
     """Locate and check the data, load the tokenizer, settle the template.
 
     Raises:
@@ -18,6 +25,55 @@ def prepare_data(job: JobConfig) -> tuple[Plan, SftEncoder]:
     """
     check_model_path(job.model.path)
     plan = make_plan(job.data, seed=job.train.seed, epochs=None if job.train.max_steps else job.train.epochs)
-    check_rows(plan)
+    if job.data.on_bad_row == "error":
+        check_rows(plan, job.data.converters)
     tokenizer = load_tokenizer(job.model.path)
-    return plan, SftEncoder(job.model.path, resolve_template(job.data.template, tokenizer, job.model.path))
+    return plan, _encoder(job, tokenizer)
+
+
+def _encoder(job: JobConfig, tokenizer: Any) -> Encoder:
+    path, data = job.model.path, job.data
+    if job.stage.type == "pretrain":
+        return PretrainEncoder(path)
+    template = resolve_template(data.template, tokenizer, path)
+    return SftEncoder(path, template, data.train_on_prompt, data.mask_history, data.enable_thinking)
+
+
+def prepare_eval(job: JobConfig) -> Plan | None:
+    """The stream that the job evaluates on: each row once, the same rows whatever the seed; None: there is none.
+
+    Raises:
+        RequestError: data that cannot be read or understood.
+    """
+    data = job.data
+    if not (data.eval or data.held_out):
+        return None
+    sets = data.eval or [item.model_copy(update={"weight": None}) for item in data.train]
+    plan = make_plan(data.model_copy(update={"train": sets, "mix": "concat"}), seed=0, epochs=1)
+    if data.eval and data.on_bad_row == "error":
+        check_rows(plan, data.converters)
+    return plan
+
+
+def store_root(job: JobConfig) -> Path:
+    """The folder of prepared data."""
+    return Path(job.data.store or Path(job.output_dir) / "prepared").expanduser().absolute()
+
+
+def with_stores(job: JobConfig, plan: Plan, encoder: Encoder, options: SegmentOptions) -> SegmentOptions:
+    """The options with the prepared tokens of every set that has been prepared in just this way."""
+    key = encoder.key()
+    found = (find_store(store_root(job), data_set, key, options.cutoff) for data_set in plan.sets)
+    return replace(options, stores=tuple(found))
+
+
+def segment_options(job: JobConfig) -> SegmentOptions:
+    """How the job's examples become token rows."""
+    data = job.data
+    return SegmentOptions(data.cutoff, data.packing, data.on_bad_row, data.held_out, converters=data.converters)
+
+
+def eval_options(job: JobConfig) -> SegmentOptions:
+    """The same for evaluation: one example a row, so that each counts for its own set."""
+    part: Literal["train", "held out"] = "held out" if job.data.held_out else "train"
+    return replace(segment_options(job), packing=False, part=part)

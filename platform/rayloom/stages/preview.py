@@ -14,11 +14,10 @@ from rich.text import Text
 
 from rayloom.config.job import JobConfig
 from rayloom.data.plan import Plan
-from rayloom.data.rows import DROP_REASONS, Encoded
+from rayloom.data.rows import Encoded, row_name
 from rayloom.data.sample import Measured, Sample, histogram, measure_lengths, take_sample
-from rayloom.data.segment import drop_reason
 from rayloom.models.load import load_tokenizer
-from rayloom.stages.prepare import prepare_data
+from rayloom.stages.prepare import prepare_data, segment_options
 
 _WIDTH, _BAR, _NAME = 110, 48, 24
 _TRAINED, _READ, _TRAINED_SPECIAL, _READ_SPECIAL = "green", "dim", "bold green", "cyan"
@@ -33,11 +32,12 @@ def preview(job: JobConfig, rows: int, console: Console) -> None:
     """
     with console.status("reading the data"):
         plan, encoder = prepare_data(job)
-        sample = take_sample(plan, encoder, cutoff=job.data.cutoff, first=rows)
+        sample = take_sample(plan, encoder, segment_options(job), first=rows)
     if sample.first:
         _show_examples(sample.first, plan, load_tokenizer(job.model.path), job.data.cutoff, console)
-    measured = f"the first {len(sample.examples):,} of {plan.mixture.epoch_length:,} examples of an epoch"
-    if len(sample.examples) == plan.mixture.epoch_length:
+    about = "" if plan.is_exact else "about "
+    measured = f"the first {len(sample.examples):,} of {about}{plan.estimated_epoch_length:,} examples of an epoch"
+    if sample.is_whole:
         measured = f"all {len(sample.examples):,} examples of an epoch"
     console.print(Text.assemble(("Mix", "bold"), f"  {job.data.mix}"))
     console.print(_mix_table(plan))
@@ -63,11 +63,10 @@ def _show_examples(examples: Iterable[Encoded], plan: Plan, tokenizer: Any, cuto
         console.print(f"{_OPEN}trained{_CLOSE} read only", markup=False)
     for example in examples:
         trained = sum(label >= 0 for label in example.labels[1:])
-        title = Text.assemble((plan.sets[example.set].name, "bold"), f", row {example.row + 1}: ")
+        title = Text.assemble((plan.sets[example.set].name, "bold"), f", row {row_name(example.row)}: ")
         title.append(f"{_count(len(example.input_ids), 'token')}, {trained} trained")
-        reason = drop_reason(example.input_ids, example.labels, cutoff)
-        if reason is not None:
-            title.append(f", left out: {DROP_REASONS[reason]}", "bold red")
+        if not trained or len(example.input_ids) > cutoff:
+            title.append(", left out", "bold red")
         console.print(Rule(title, align="left", style="dim"), width=min(console.width, _WIDTH))
         spans = list(spans_of(example, tokenizer, cutoff))
         text = _coloured(spans) if in_colour else Text(_marked(spans))
@@ -143,20 +142,23 @@ def _table(columns: Iterable[str]) -> Table:
 
 
 def _mix_table(plan: Plan) -> Table:
-    length = plan.mixture.epoch_length
+    mixture, length = plan.estimated_mixture(), plan.estimated_epoch_length
     table = _table(("data set", "format", "rows", "in an epoch", "share", "passes"))
-    for data_set, count in zip(plan.sets, plan.mixture.counts(length), strict=True):
-        passes = f"{count / data_set.length:.2f}"
-        numbers = (f"{data_set.length:,}", f"{count:,}", _percent(count, length), passes)
-        table.add_row(_short(data_set.name), data_set.format, *numbers)
+    for data_set, count in zip(plan.sets, mixture.counts(length), strict=True):
+        about = "about " if data_set.length is None else ""
+        passes = f"{count / data_set.estimated_rows:.2f}"
+        numbers = (f"{about}{data_set.estimated_rows:,}", f"{about}{count:,}", _percent(count, length), passes)
+        table.add_row(_short(data_set.name), data_set.description.format, *numbers)
     if len(plan.sets) > 1:
         table.add_section()
-        table.add_row("all", "", f"{sum(s.length for s in plan.sets):,}", f"{length:,}", _percent(length, length), "")
+        rows = sum(data_set.estimated_rows for data_set in plan.sets)
+        about = "" if plan.is_exact else "about "
+        table.add_row("all", "", f"{about}{rows:,}", f"{about}{length:,}", _percent(length, length), "")
     return table
 
 
 def _token_table(plan: Plan, sample: Sample) -> Table:
-    head = ("data set", "examples", "min", "median", "p95", "max", "trained", "too\nlong", "nothing\nto train")
+    head = ("data set", "examples", "min", "median", "p95", "max", "trained", "cut", "left\nout")
     table = _table(head)
     for number, data_set in enumerate(plan.sets):
         table.add_row(*_token_row(data_set.name, [example for example in sample.examples if example.set == number]))
@@ -170,9 +172,9 @@ def _token_row(name: str, examples: Iterable[Measured]) -> list[str | Text]:
     examples = list(examples)
     if not examples:
         return [_short(name), "0", *"-------"]
-    lengths = measure_lengths([example.tokens for example in examples])
+    lengths = measure_lengths([example.tokens + example.cut for example in examples])
     kept = [example for example in examples if example.dropped is None]
-    counts = [sum(example.dropped == reason for example in examples) for reason in range(len(DROP_REASONS))]
+    counts = (sum(example.cut > 0 for example in kept), len(examples) - len(kept))
     return [
         _short(name),
         f"{len(examples):,}",
@@ -196,7 +198,7 @@ def _findings(job: JobConfig, plan: Plan, sample: Sample) -> Iterator[str]:
         yield f"packing is off: a row is one example, {tokens / kept:,.0f} tokens on average"
         yield f"with packing, {_count(kept, 'example')} would make {packed}"
     rows = sample.packed_rows if job.data.packing else kept
-    in_epoch = rows * plan.mixture.epoch_length / len(sample.examples)
+    in_epoch = rows * plan.estimated_epoch_length / len(sample.examples)
     train = job.train
     per_step = train.workers * train.batch_size * train.gradient_accumulation
     yield (
@@ -207,7 +209,7 @@ def _findings(job: JobConfig, plan: Plan, sample: Sample) -> Iterator[str]:
 
 
 def _bars(sample: Sample, cutoff: int, width: int) -> Iterator[Text]:
-    bins = histogram([example.tokens for example in sample.examples], cutoff)
+    bins = histogram([example.tokens + example.cut for example in sample.examples], cutoff)
     labels = [f"{b.start:,}-{b.stop:,}" if b.stop else f"{b.start:,} and more" for b in bins]
     label_width = max(map(len, labels))
     most = max(b.count for b in bins)

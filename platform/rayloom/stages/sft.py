@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rayloom.data.encode import encode_conversations
+from rayloom.data.encoding import Encoding
 from rayloom.data.example import Example
-from rayloom.data.rows import IGNORED
 from rayloom.data.template import Renderer
-from rayloom.errors import RequestError
-from rayloom.models.load import load_tokenizer
+from rayloom.models.load import load_tokenizer, tokenizer_fingerprint
 
 
 @dataclass(frozen=True)
@@ -18,18 +19,49 @@ class SftEncoder:
 
     model_folder: str
     template: str
+    train_on_prompt: bool = False
+    """Train every token, not only the answers."""
+    mask_history: bool = False
+    """Train the last answer only."""
+    enable_thinking: bool | None = None
+    """Handed to the template; None: the template decides."""
 
-    def encode(self, examples: Sequence[Example]) -> list[tuple[list[int], list[int]]]:
-        """(input_ids, labels) of each example; labels are `IGNORED` outside the assistant's words."""
-        renderer = Renderer(load_tokenizer(self.model_folder), self.template)
-        try:
-            rendered = renderer.render(examples)
-        except ValueError as error:
-            raise RequestError(f"data.template: {error}") from None
-        return [
-            (
-                item.input_ids,
-                [token if trained else IGNORED for token, trained in zip(item.input_ids, item.trained, strict=True)],
-            )
-            for item in rendered
-        ]
+    @property
+    def splits(self) -> bool:
+        """What is longer than the cutoff is cut."""
+        return False
+
+    def key(self) -> str:
+        """Changes with the tokenizer, the template and what is trained."""
+        rule = (self.template, self.train_on_prompt, self.mask_history, self.enable_thinking)
+        return f"sft {tokenizer_fingerprint(self.model_folder)} {hashlib.sha256(repr(rule).encode()).hexdigest()}"
+
+    def encode(self, examples: Sequence[Example], cutoff: int) -> list[Encoding]:
+        """At most `cutoff` ids of each example, and labels, which are `IGNORED` where nothing is trained.
+
+        An example that is no conversation, or that the template refuses, has a `fault`.
+        """
+        renderer = Renderer(
+            load_tokenizer(self.model_folder),
+            self.template,
+            train_on_prompt=self.train_on_prompt,
+            mask_history=self.mask_history,
+            enable_thinking=self.enable_thinking,
+        )
+        refusals = [_refusal(example) for example in examples]
+        conversations = [example for example, refusal in zip(examples, refusals, strict=True) if refusal is None]
+        encodings = iter(encode_conversations(renderer, conversations, cutoff))
+        return [next(encodings) if refusal is None else Encoding([], [], fault=refusal) for refusal in refusals]
+
+
+def _refusal(example: Example) -> str | None:
+    """Why supervised fine-tuning cannot learn from an example; None: it can."""
+    if example.text is not None:
+        return "the row is plain text; supervised fine-tuning learns from conversations"
+    if example.chosen or example.rejected:
+        return "the row is a preference (chosen and rejected); supervised fine-tuning learns from conversations"
+    if example.desirable is not None:
+        return "the row judges its answer as desirable or not; supervised fine-tuning learns from every answer"
+    if example.images or example.videos or example.audios:
+        return "the row has images, videos or audios, which a text model cannot read"
+    return None

@@ -44,6 +44,9 @@ class TrainConfig(ConfigPart):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     logging_steps: Whole = Field(default=10, ge=1)
     """Optimizer steps between two rows of metrics."""
+    eval_steps: Whole | None = Field(default=None, ge=1)
+    """Optimizer steps between two evaluations, where `data.eval` or `data.held_out` says on what. Left out: only at
+    the end."""
     save_steps: Whole = Field(default=500, ge=1)
     """Optimizer steps between two checkpoints. One more is written at the end and when the job is told to stop."""
     keep_checkpoints: Whole = Field(default=2, ge=1)

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from rayloom.data.plan import Position
-from rayloom.data.rows import DROP_REASONS
+from rayloom.data.rows import COUNTERS, CURSOR_NUMBERS, position_from
 
 STREAM_FILE = "stream.json"
 
@@ -22,8 +22,8 @@ class StreamMeter:
     position: Position
     examples: list[int]
     """Examples trained on, per data set."""
-    dropped: list[int]
-    """Examples left out, per data set and reason (`rayloom.data.rows.DROP_REASONS`), sets first."""
+    counts: list[int]
+    """`rayloom.data.rows.COUNTERS` of each data set, sets first."""
     tokens: int = 0
     """Tokens that are not padding."""
     trained_tokens: int = 0
@@ -34,7 +34,7 @@ class StreamMeter:
     @classmethod
     def start(cls, sets: int) -> StreamMeter:
         """At the beginning of a stream of `sets` data sets."""
-        return cls(Position(), [0] * sets, [0] * (sets * len(DROP_REASONS)))
+        return cls(Position(), [0] * sets, [0] * (sets * len(COUNTERS)))
 
     def save(self, folder: Path, step: int) -> None:
         state = {**self.__dict__, "position": self.position.as_dict(), "step": step}
@@ -45,7 +45,7 @@ class StreamMeter:
         """The meter in a checkpoint folder, and the step after which it was saved."""
         state = json.loads((folder / STREAM_FILE).read_text(encoding="utf-8"))
         step = state.pop("step")
-        return cls(**{**state, "position": Position(**state["position"])}), step
+        return cls(**{**state, "position": Position.from_dict(state["position"])}), step
 
 
 _COUNTS = 4  # before the counts per set: tokens, trained tokens, wishes to stop, batches
@@ -56,22 +56,27 @@ class BatchCount:
     """One rank's share of one optimizer step."""
 
     sets: int
-    position: Position = field(default_factory=Position)
     numbers: list[int] = field(default_factory=list)
+    behind: list[int] = field(default_factory=list)
+    """The position behind the last row: epoch, segment, row, and `rayloom.data.rows.flatten_cursors`."""
     epochs_done: float = 0.0
+    names: list[tuple[int, int]] = field(default_factory=list)
+    """(set, row) of each example."""
 
     def __post_init__(self) -> None:
-        self.numbers = [0] * (_COUNTS + self.sets + self.sets * len(DROP_REASONS))
+        self.numbers = [0] * (_COUNTS + self.sets + self.sets * len(COUNTERS))
+        self.behind = [0] * (3 + CURSOR_NUMBERS * self.sets)
 
     def add(self, table: pa.Table) -> None:
         """Count a batch of token rows."""
         self.numbers[3] += 1
         for row in table.drop_columns(["input_ids", "position_ids", "labels"]).to_pylist():
-            self.position = max(self.position, Position(row["epoch"], row["segment"], row["row"] + 1))
-            self.epochs_done = max(self.epochs_done, row["epochs_done"])
+            self.behind = [row["epoch"], row["segment"], row["row"] + 1, *row["cursors"]]
+            self.epochs_done = row["epochs_done"]
+            self.names += zip(row["sets"], row["rows"], strict=True)
             for set_index in row["sets"]:
                 self.numbers[_COUNTS + set_index] += 1
-            for index, count in enumerate(row["dropped"]):
+            for index, count in enumerate(row["counts"]):
                 self.numbers[_COUNTS + self.sets + index] += count
         self.numbers[0] += sum(len(ids) for ids in table["input_ids"])
         # The first token of a row is predicted by nothing, so it is not trained even where it has a label.
@@ -82,19 +87,16 @@ class BatchCount:
         import torch  # not needed by the driver, which reads meters from checkpoints
 
         self.numbers[2] = int(stop)
-        mine = torch.tensor(
-            [self.position.epoch, self.position.segment, self.position.row, self.epochs_done, *self.numbers],
-            dtype=torch.float64,
-            device=device,
-        )
+        mine = torch.tensor([self.epochs_done, *self.behind, *self.numbers], dtype=torch.float64, device=device)
         everyone = [mine]
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             everyone = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
             torch.distributed.all_gather(everyone, mine)
         rows = torch.stack(everyone).cpu()
-        position = max(Position(int(row[0]), int(row[1]), int(row[2])) for row in rows)
-        totals = [int(total) for total in rows[:, 4:].sum(dim=0)]
-        return StepCount(position, float(rows[:, 3].max()), totals, self.sets)
+        start = 1 + len(self.behind)
+        behind = max(rows[:, 1:start].long().tolist())  # epoch, segment and row come first
+        totals = [int(total) for total in rows[:, start:].sum(dim=0)]
+        return StepCount(position_from(behind), float(rows[:, 0].max()), totals, self.sets)
 
 
 @dataclass(frozen=True)
@@ -130,4 +132,4 @@ class StepCount:
         meter.trained_tokens += self.trained_tokens
         counts = self.numbers[_COUNTS:]
         meter.examples = [a + b for a, b in zip(meter.examples, counts[: self.sets], strict=True)]
-        meter.dropped = [a + b for a, b in zip(meter.dropped, counts[self.sets :], strict=True)]
+        meter.counts = [a + b for a, b in zip(meter.counts, counts[self.sets :], strict=True)]

@@ -15,6 +15,9 @@ _LINE = re.compile(r"^step (?P<step>\d+)  (?P<percent>\d+) %  loss (?P<loss>\S+)
 
 def metrics_line(row: MetricsRow) -> str:
     """One row of metrics as a line of the log."""
+    if "loss" not in row:
+        numbers = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if name.startswith("eval_"))
+        return f"step {row['step']}  {100 * row['progress']:.0f} %  {numbers}"
     grad_norm = "-" if row.get("grad_norm") is None else f"{row['grad_norm']:.3g}"
     return (
         f"step {row['step']}  {100 * row['progress']:.0f} %  loss {row['loss']:.4f}  "
@@ -85,8 +88,8 @@ class Reporter:
             self._bar.update(self._task, completed=percent, description=f"step {step}  loss {loss:.3f}")
 
 
-def plot_loss(rows: list[MetricsRow], path: Path, title: str) -> None:
-    """Draw the loss over the steps, as it was and smoothed."""
+def plot_loss(rows: list[MetricsRow], evaluations: list[MetricsRow], path: Path, title: str) -> None:
+    """Draw the loss over the steps, as it was and smoothed, and where there was one, the evaluation's."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -100,6 +103,9 @@ def plot_loss(rows: list[MetricsRow], path: Path, title: str) -> None:
     figure, axes = plt.subplots(figsize=(7, 4), dpi=130)
     axes.plot(steps, losses, color="#9db7d5", linewidth=1.2, marker="o", markersize=2.5, label="loss")
     axes.plot(steps, smooth, color="#1f4e8c", linewidth=2.0, label="smoothed")
+    if evaluations:
+        steps, losses = [row["step"] for row in evaluations], [row["eval_loss"] for row in evaluations]
+        axes.plot(steps, losses, color="#c2571a", linewidth=1.6, marker="s", markersize=4, label="evaluation")
     axes.set(xlabel="optimizer step", ylabel="loss per trained token", title=title)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)

@@ -44,6 +44,16 @@ class RunDir:
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    @property
+    def manifest_file(self) -> Path:
+        """Which rows each step trained on, one object for each step and rank."""
+        return self.path / "manifest.jsonl"
+
+    @property
+    def data_file(self) -> Path:
+        """What the data was when the run began: of each set a fingerprint of its files."""
+        return self.path / "data.json"
+
     def result(self) -> dict[str, Any]:
         """`result.json` of an earlier run; empty when there is none."""
         try:
@@ -53,9 +63,7 @@ class RunDir:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of `metrics.jsonl`."""
-        if not self.metrics_file.exists():
-            return []
-        return [json.loads(line) for line in self.metrics_file.read_text().splitlines() if line.strip()]
+        return _read_rows(self.metrics_file)
 
     def latest_checkpoint(self) -> Path | None:
         """The checkpoint that Ray Train would resume from: the newest that it knows to be whole."""
@@ -132,12 +140,37 @@ def open_run_dir(job: JobConfig, run: RunDir) -> RunDir:
     run.path.mkdir(parents=True, exist_ok=True)
     if job.resume and (checkpoint := run.latest_checkpoint()):
         _, step = StreamMeter.load(checkpoint)
-        kept = [row for row in run.metrics() if row["step"] <= step]
-        run.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        for file in (run.metrics_file, run.manifest_file):
+            if file.exists():
+                kept = [row for row in _read_rows(file) if row["step"] <= step]
+                file.write_text("".join(json.dumps(row) + "\n" for row in kept))
     # Resuming or overwriting is a wish for this start, no property of the job: what is stored repeats the run.
     stored = job.model_copy(update={"resume": False, "overwrite": False})
     (run.path / "job.yaml").write_text(dump_job(stored), encoding="utf-8")
     return run
+
+
+def check_data(run: RunDir, fingerprints: dict[str, str]) -> None:
+    """Refuse to resume on other data: a position counts rows of the files that the run began with.
+
+    Raises:
+        RequestError: naming the sets that have changed.
+    """
+    if not run.existed or not run.data_file.exists():
+        return
+    before = json.loads(run.data_file.read_text())
+    changed = [name for name, fingerprint in fingerprints.items() if before.get(name) != fingerprint]
+    if changed:
+        raise RequestError(
+            f"resume: the data has changed since the run began: {', '.join(changed)}; put the old files back, "
+            "or start anew with another name"
+        )
+
+
+def _read_rows(file: Path) -> list[dict[str, Any]]:
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
 
 
 def _check_writable(job: JobConfig, path: Path) -> None:

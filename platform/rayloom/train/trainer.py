@@ -13,7 +13,8 @@ from __future__ import annotations
 import itertools
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ import ray.train
 import torch
 import transformers
 
+from rayloom.data.rows import row_name
 from rayloom.train.batch import Batch, TrainedPositions, make_batch
 from rayloom.train.config import TrainConfig
+from rayloom.train.evaluate import evaluate
 from rayloom.train.meter import BatchCount, StreamMeter
 from rayloom.train.monitor import answer
 from rayloom.train.schedule import learning_rate_factor
@@ -67,6 +70,9 @@ class StreamTrainer(transformers.Trainer):
         settings: TrainConfig,
         monitor: Any,
         pad_token: int,
+        manifest: bool,
+        eval_tables: Callable[[], list[pa.Table]] | None,
+        names: Sequence[str],
         **kw: Any,
     ) -> None:
         super().__init__(**kw)
@@ -76,9 +82,13 @@ class StreamTrainer(transformers.Trainer):
         self._schedule: ProgressSchedule | None = None
         self._monitor = monitor
         self._pad_token = pad_token
+        self._manifest = manifest
+        self._read_eval_tables = eval_tables
+        self._names = names
         self._trained_positions = TrainedPositions(kw["model"])
         self._saved_step = -1
         self._log_clock: tuple[float, int] | None = None  # (time, tokens) of the row before; set by the first batch
+        self._waited = 0.0  # seconds of waiting for data since then
         self.stopped = False
 
     # --- data --------------------------------------------------------------------------------------------------------
@@ -94,7 +104,9 @@ class StreamTrainer(transformers.Trainer):
         before = self._progress()
         while True:
             count = BatchCount(len(self.meter.examples))
+            asked = time.perf_counter()
             tables = list(itertools.islice(epoch_iterator, 0 if stop else num_batches))
+            self._waited += time.perf_counter() - asked
             for table in tables:
                 count.add(table)
             step = count.share(device, stop)
@@ -103,8 +115,11 @@ class StreamTrainer(transformers.Trainer):
                 self._end()
                 return [], None
             if self._log_clock is None:
+                self._waited = 0.0
                 self._log_clock = (time.perf_counter(), self.meter.tokens)
             step.add_to(self.meter)
+            if self._manifest:
+                self._post_manifest(count)
             if step.trained_tokens:
                 break  # else all of these examples were left out: take the next ones
         batches = [make_batch(table, self._pad_token) for table in tables]
@@ -114,6 +129,15 @@ class StreamTrainer(transformers.Trainer):
         middle = (before + self._progress(1)) / 2
         self._schedule.set(learning_rate_factor(middle, self._settings.scheduler, self._settings.warmup))
         return batches, torch.tensor(step.trained_tokens, device=device)
+
+    def _post_manifest(self, count: BatchCount) -> None:
+        """Tell the driver which rows this rank takes in the coming step."""
+        row = {
+            "step": self.state.global_step + 1,
+            "rank": self.args.process_index,
+            "examples": [[set_index, row_name(row)] for set_index, row in count.names],
+        }
+        answer(self._monitor.post.remote({"kind": "manifest", "row": row}), f"rank {self.args.process_index}")
 
     def _progress(self, ahead: int = 0) -> float:
         if self._settings.max_steps:
@@ -130,6 +154,32 @@ class StreamTrainer(transformers.Trainer):
         """The model's own loss, at the trained positions."""
         self._trained_positions.choose(inputs.pop("positions"))
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    # --- evaluation ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _eval_tables(self) -> list[pa.Table]:
+        assert self._read_eval_tables is not None  # asked for only where there is an evaluation
+        return self._read_eval_tables()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate on this rank's rows of the evaluation stream and post a row of metrics to the driver."""
+        started = time.perf_counter()
+        metrics = evaluate(
+            self.model_wrapped,
+            self._eval_tables,
+            self._names,
+            self._trained_positions,
+            self._pad_token,
+            self.args.device,
+        )
+        row = {"step": self.state.global_step, "epoch": self.meter.epochs_done, "progress": self._progress(), **metrics}
+        if self.is_world_process_zero():
+            answer(self._monitor.post.remote({"kind": "metrics", "row": row}), "rank 0")
+        if self._log_clock is not None:  # the time is not the training's
+            then, tokens = self._log_clock
+            self._log_clock = (then + time.perf_counter() - started, tokens)
+        return metrics
 
     # --- learning rate, metrics, checkpoints -------------------------------------------------------------------------
 
@@ -154,10 +204,13 @@ class StreamTrainer(transformers.Trainer):
             "learning_rate": logs["learning_rate"],
             "grad_norm": logs.get("grad_norm"),
             "tokens_per_second": (self.meter.tokens - tokens) / (now - then),
+            "data_wait": self._waited / (now - then),
             "tokens": self.meter.tokens,
             "examples_seen": sum(self.meter.examples),
+            "examples": self.meter.examples,
             "position": self.meter.position.as_dict(),
         }
+        self._waited = 0.0
         if self.is_world_process_zero():
             answer(self._monitor.post.remote({"kind": "metrics", "row": row}), "rank 0")
 

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,10 @@ def _announced(tables: Iterator[pa.Table], on_first: Callable[[], None]) -> Iter
 
 
 class _Milestones(transformers.TrainerCallback):
-    def __init__(self, phase: Any) -> None:
+    def __init__(self, phase: Any, eval_steps: int | None, evaluates: bool) -> None:
         self._phase = phase
+        self._eval_steps = eval_steps
+        self._evaluates = evaluates
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._phase("engine")
@@ -51,6 +54,8 @@ class _Milestones(transformers.TrainerCallback):
         self._phase("first step")
         if state.global_step == args.max_steps:
             control.should_log = True  # the last step, also between two rows of metrics
+        if self._evaluates and self._eval_steps and state.global_step % self._eval_steps == 0:
+            control.should_evaluate = True
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -79,6 +84,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
     phase("workers")
     shard: Any = ray.train.get_dataset_shard("train")  # a `rayloom.data.deal.Shard`
     tables = shard.batches(job.train.batch_size)
+    eval_shard: Any = ray.train.get_dataset_shard("eval") if config["eval_sets"] else None
     _quieten(device)
     if device == "cpu":
         torch.set_num_threads(_own_cores())
@@ -104,15 +110,21 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
             model=model,
             args=arguments,
             processing_class=tokenizer,
-            callbacks=[_Milestones(phase)],
+            callbacks=[_Milestones(phase, job.train.eval_steps, eval_shard is not None)],
             tables=_announced(tables, lambda: phase("first batch")),
             meter=meter,
             settings=job.train,
             monitor=monitor,
             pad_token=pad_token(tokenizer),
+            manifest=job.data.manifest,
+            eval_tables=eval_shard and partial(eval_shard.first, job.data.eval_samples, job.train.batch_size),
+            names=config["eval_sets"],
         )
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train(resume_from_checkpoint=folder)
+        evaluation = None
+        if eval_shard is not None and not trainer.stopped:
+            evaluation = trainer.evaluate()
         if not trainer.stopped:
             trainer.save_model(config["model_dir"])
     if rank != 0:
@@ -123,9 +135,10 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
         "tokens": meter.tokens,
         "trained_tokens": meter.trained_tokens,
         "examples": meter.examples,
-        "dropped": meter.dropped,
+        "counts": meter.counts,
         "epochs_done": meter.epochs_done,
         "position": meter.position.as_dict(),
+        "eval": evaluation,
         "precision": precision,
         "engine": engine_of(trainer.model_wrapped),
         "parameters": {

@@ -1,0 +1,67 @@
+"""Evaluation on rows that are not trained on: the loss per trained token, of each data set and of all.
+
+Every rank runs its own rows; sums of losses and tokens are added up. Logits of one batch are in memory at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from rayloom.data.rows import IGNORED
+from rayloom.train.batch import TrainedPositions, make_batch
+
+
+def evaluate(
+    model: Any,
+    tables: Iterable[pa.Table],
+    names: Sequence[str],
+    trained_positions: TrainedPositions,
+    pad_token: int,
+    device: torch.device,
+) -> dict[str, float]:
+    """`eval_loss`, `eval_perplexity`, and `eval_loss/<set>` where there are several sets.
+
+    Args:
+        tables: this rank's batches, one example a row; every rank has as many.
+        names: of the sets, in the order of their numbers.
+    """
+    sums = torch.zeros(2, len(names), dtype=torch.float64, device=device)  # of losses, of tokens
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        for table in tables:
+            _add(sums, model, table, trained_positions, pad_token, device)
+    model.train(was_training)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(sums)
+    losses, tokens = sums.cpu()
+    mean = float(losses.sum() / tokens.sum())
+    metrics = {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0))}
+    if len(names) > 1:
+        metrics |= {f"eval_loss/{name}": float(losses[i] / tokens[i]) for i, name in enumerate(names) if tokens[i]}
+    return metrics
+
+
+def _add(
+    sums: torch.Tensor,
+    model: Any,
+    table: pa.Table,
+    trained_positions: TrainedPositions,
+    pad_token: int,
+    device: torch.device,
+) -> None:
+    batch = {name: tensor.to(device) for name, tensor in make_batch(table, pad_token).items()}
+    positions, labels = batch.pop("positions"), batch.pop("labels")[0]
+    del batch["shift_labels"]  # without labels the model computes no loss of its own
+    trained_positions.choose(positions)
+    logits = model(**batch, use_cache=False).logits[0].float()
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED).double()
+    set_of_row = torch.tensor([sets[0] if sets else 0 for sets in table["sets"].to_pylist()] or [0], device=device)
+    set_of_token = set_of_row[positions // batch["input_ids"].shape[1]]
+    sums[0].index_add_(0, set_of_token, losses)
+    sums[1].index_add_(0, set_of_token, (labels != IGNORED).double())

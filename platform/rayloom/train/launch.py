@@ -1,0 +1,140 @@
+"""From settled work to a Ray Train trainer: the streams, the workers, their resources and their storage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rayloom.config.job import JobConfig
+from rayloom.data.plan import Plan, Position
+from rayloom.data.segment import Encoder, EncodeSegment, SegmentOptions
+from rayloom.stages.prepare import eval_options
+from rayloom.train.meter import StreamMeter
+from rayloom.train.run_dir import CHECKPOINTS, RunDir
+
+if TYPE_CHECKING:
+    from rayloom.train.resources import Resources
+
+# How often Ray Train may try again to start the workers; its default is for ever.
+_NO_ENDLESS_RETRY: Any = {"controller_failure_limit": 0}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Everything that is settled before Ray Train starts."""
+
+    job: JobConfig
+    run: RunDir
+    plan: Plan
+    eval_plan: Plan | None
+    """The stream that is evaluated on, if any."""
+    encoder: Encoder
+    options: SegmentOptions
+    rows_per_segment: int
+    """Token rows in the stream's first segment: a measure of how dense the data is."""
+    resources: Resources
+    segments_at_once: int
+    """Most segments of one execution of the pipeline: Ray Data lists all its tasks up front."""
+
+    def segments(self, start: Position) -> int:
+        """How many segments to make from `start` on, in one execution of the pipeline.
+
+        A quarter more than the estimate, which comes from the sets' lengths or, by steps, from the first segment's
+        density: what is made and not used costs time that the training wants; behind the last epoch there is nothing.
+        Where it was not enough, the job goes on from its checkpoint with the next segments.
+        """
+        left = self.plan.segments_left(start)
+        if left is None:
+            train = self.job.train
+            rows = (train.max_steps or 0) * train.workers * train.batch_size * train.gradient_accumulation
+            left = rows // self.rows_per_segment
+        return min(2 + 5 * left // 4, self.segments_at_once)
+
+    def eval_segments(self) -> int:
+        """How many segments of the evaluation stream hold the examples that are evaluated on, with room to spare."""
+        assert self.eval_plan is not None
+        wanted = self.job.data.eval_samples / (self.job.data.held_out or 1.0)
+        return min(2 + int(1.5 * wanted) // self.eval_plan.window, 2 + (self.eval_plan.segments_left(Position()) or 0))
+
+    def is_done(self, summary: dict[str, Any]) -> bool:
+        """Whether the workers ended because there is nothing left to do, not because the pipeline had ended."""
+        if summary["status"] == "stopped":
+            return True
+        if self.job.train.max_steps is not None:
+            return bool(summary["steps"] >= self.job.train.max_steps)
+        return bool(summary["epochs_done"] >= self.job.train.epochs)
+
+
+def ray_trainer(work: Work, monitor: Any) -> Any:
+    """The Ray Train trainer of one execution. Each start of its workers begins where the last checkpoint ends."""
+    job, run, resources = work.job, work.run, work.resources
+    import ray.data
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from rayloom.data.deal import DealInOrder
+    from rayloom.data.stream import build_stream
+    from rayloom.train.worker import train_worker
+
+    def stream() -> ray.data.Dataset:
+        """Called at each start of the workers: the stream begins where the checkpoint that they load says."""
+        checkpoint = run.latest_checkpoint()
+        start = StreamMeter.load(checkpoint)[0].position if checkpoint else Position()
+        return build_stream(
+            work.plan,
+            EncodeSegment(work.encoder, work.options),
+            start,
+            segments=work.segments(start),
+            task_cpus=resources.task_cpus,
+            concurrency=resources.task_concurrency,
+        )
+
+    def eval_stream() -> ray.data.Dataset:
+        assert work.eval_plan is not None
+        return build_stream(
+            work.eval_plan,
+            EncodeSegment(work.encoder, eval_options(job)),
+            Position(),
+            segments=work.eval_segments(),
+            task_cpus=resources.task_cpus,
+            concurrency=1,
+        )
+
+    datasets: dict[str, Any] = {"train": stream}
+    if work.eval_plan:
+        datasets["eval"] = eval_stream
+    worker: Any = train_worker
+    return TorchTrainer(
+        worker,
+        train_loop_config={
+            "job": job.model_dump(mode="json"),
+            "monitor": monitor,
+            "device": resources.device,
+            "sets": len(work.plan.sets),
+            "eval_sets": [data_set.name for data_set in work.eval_plan.sets] if work.eval_plan else [],
+            "model_dir": str(run.model),
+        },
+        torch_config=TorchConfig(backend="gloo" if resources.device == "cpu" else "nccl"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=job.train.workers,
+            use_gpu=resources.device == "gpu",
+            resources_per_worker=resources.per_worker,
+        ),
+        run_config=ray.train.RunConfig(
+            name=CHECKPOINTS,
+            storage_path=str(run.path),
+            failure_config=ray.train.FailureConfig(max_failures=0, **_NO_ENDLESS_RETRY),
+            **_worker_environment(resources),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=job.train.keep_checkpoints),
+        ),
+        datasets=datasets,
+        dataset_config=DealInOrder(),
+    )
+
+
+def _worker_environment(resources: Resources) -> dict[str, Any]:
+    """Ray gives a worker OMP_NUM_THREADS=1. To raise the number later, in the process, leaves parts of the math
+    libraries at one thread (tests/bench/NOTES.md)."""
+    if resources.device == "gpu":
+        return {}
+    return {"worker_runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(resources.threads)}}}
