@@ -3,7 +3,7 @@
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-ray bench lint format clean
+.PHONY: help setup demo test test-unit test-ray test-tokenizers bench bench-data lint format clean
 # Checks go from quick to slow, and two test runs at once would starve each other.
 .NOTPARALLEL:
 
@@ -24,8 +24,14 @@ test-unit: setup ## tests that need no Ray
 test-ray: setup ## tests on a local Ray cluster
 	$(RUN) .venv/bin/python -m pytest tests/ray
 
+test-tokenizers: setup ## chat templates and cuts with ten real tokenizers (downloads 77 MB once)
+	$(RUN) bash tests/real_tokenizers.sh
+
 bench: setup ## measure training speed on this machine
 	$(RUN) .venv/bin/python tests/bench/bench_train.py
+
+bench-data: setup ## measure the data stream on this machine (makes a 3 GB file in the temporary folder)
+	$(RUN) .venv/bin/python tests/bench/bench_data.py
 
 lint: setup ## ruff check, ruff format --check, mypy
 	.venv/bin/ruff check

@@ -1,12 +1,4 @@
-"""Writes a folder of real tokenizers for `tests/unit/test_template_library.py`, from llama.cpp's vocabularies.
-
-    pip install scikit-build-core
-    pip download --no-deps --no-binary :all: --no-build-isolation llama-cpp-python==0.3.36
-    python tests/real_tokenizers.py llama_cpp_python-0.3.36.tar.gz FOLDER
-    RAYLOOM_TOKENIZERS=FOLDER pytest tests/unit/test_template_library.py
-
-Each vocabulary keeps its publisher's terms; nothing of them is in this repository.
-"""
+"""Writes a folder of real tokenizers from the vocabularies in llama-cpp-python's source (see `real_tokenizers.sh`)."""
 
 from __future__ import annotations
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from ray._private.authentication_test_utils import reset_auth_token_state
 from tests.tiny_model import make_tiny_model
 
 from rayloom.jobs.local_head import LocalHead
@@ -24,3 +26,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "tiny"
     make_tiny_model(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def connected(head: LocalHead) -> Any:
+    """Let `run_job` find the shared head, as a cluster's driver would."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**head.environment, "RAY_ADDRESS": head.cluster_address}.items():
+            patch.setenv(name, value)
+        reset_auth_token_state()  # Ray keeps what it read first, and other tests have been here before
+        yield

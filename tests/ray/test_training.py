@@ -17,7 +17,6 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from ray._private.authentication_test_utils import reset_auth_token_state
 from safetensors.torch import load_file
 from tests.ray.small_jobs import job, metrics, plain_losses, run, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,23 +29,12 @@ from rayloom.data.rows import row_id
 from rayloom.data.segment import EncodeSegment, read_segment
 from rayloom.data.walk import Walk
 from rayloom.errors import JobError, RequestError
-from rayloom.jobs.local_head import LocalHead
 from rayloom.methods.attach import attach_method
 from rayloom.stages.prepare import eval_options, prepare_data, prepare_eval, segment_options
 from rayloom.train import driver
 
 STEPS = 4
 pytestmark = pytest.mark.usefixtures("connected")
-
-
-@pytest.fixture(scope="module")
-def connected(head: LocalHead) -> Any:
-    """Let `run_job` find the shared head, as a cluster's driver would."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**head.environment, "RAY_ADDRESS": head.cluster_address}.items():
-            patch.setenv(name, value)
-        reset_auth_token_state()  # Ray keeps what it read first, and other tests have been here before
-        yield
 
 
 @pytest.fixture(scope="module")

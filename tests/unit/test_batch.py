@@ -59,3 +59,34 @@ def test_the_loss_and_its_gradients_are_those_of_all_logits(tiny_model):
 
     head.choose(None)
     assert model(**whole).logits.shape[:2] == (2, 5)
+
+
+def test_packed_examples_learn_as_if_alone(tiny_model):
+    """Loss and gradients of a packed row equal the sum over its examples, each in a row of its own."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64, use_cache=False)
+    examples = [[5, 6, 7, 8, 9], [3, 4], [10, 11, 12]]
+    packed = {
+        "input_ids": [token for ids in examples for token in ids],
+        "labels": [label for ids in examples for label in [-100, *ids[1:]]],
+        "position_ids": [position for ids in examples for position in range(len(ids))],
+    }
+    trained = torch.tensor(sum(len(ids) - 1 for ids in examples))
+    head = TrainedPositions(model)
+
+    def learn(rows):
+        model.zero_grad()
+        total = 0.0
+        for row in rows:
+            batch = make_batch(table([row]), 0)
+            head.choose(batch.pop("positions"))
+            loss = model(**batch, num_items_in_batch=trained).loss
+            loss.backward()
+            total += loss.item()
+        return total, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    alone = [{"input_ids": ids, "labels": [-100, *ids[1:]], "position_ids": list(range(len(ids)))} for ids in examples]
+    expected, gradients = learn(alone)
+    loss, packed_gradients = learn([packed])
+    assert loss == pytest.approx(expected, abs=1e-5)  # transformers takes the loss in fp32
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(packed_gradients[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
