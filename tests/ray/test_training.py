@@ -259,7 +259,7 @@ def test_a_stretch_that_cannot_be_trained_on_ends_the_job(
     assert metrics(config)  # the first segment was trained on
 
 
-def examples_in_order(config: JobConfig) -> list[tuple[int, str]]:
+def examples_in_order(config: JobConfig) -> list[tuple[str, str]]:
     """(set, row) of every example trained on, in stream order, from the manifest."""
     rows = [json.loads(line) for line in (config.run_dir / "manifest.jsonl").read_text().splitlines()]
     return [tuple(name) for row in sorted(rows, key=lambda row: (row["step"], row["rank"])) for name in row["examples"]]
@@ -280,7 +280,8 @@ def test_another_number_of_workers_goes_on_in_the_same_order(tiny_model: Path, d
         expected += [(s, r) for row in table.to_pylist() for s, r in zip(row["sets"], row["rows"], strict=True)]
         if segment.start.epoch > result["position"]["epoch"]:
             break
-    seen = [(s, row_id(*map(int, name.split(":")))) for s, name in examples_in_order(resumed)]
+    numbers = {data_set.name: number for number, data_set in enumerate(plan.sets)}
+    seen = [(numbers[s], row_id(*map(int, name.split(":")))) for s, name in examples_in_order(resumed)]
     assert seen == expected[: len(seen)]
     assert len(seen) == sum(result["examples"].values())
     assert result["position"]["epoch"] >= 1

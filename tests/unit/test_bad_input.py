@@ -5,6 +5,7 @@ All of them are refused before Ray starts; `ray.init` is a trap here.
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -319,3 +320,64 @@ def test_a_process_of_its_own_that_loads_the_tokenizer(here):
     assert result.stderr.startswith("error: data.cutoff: none of the first 5 examples can be trained on")
     assert result.stderr.count("\n") == 1
     assert not (here / "out").exists()
+
+
+def _parquet(folder: Path) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"instruction": ["Q"] * 2000, "output": ["A" * 50] * 2000}), folder / "whole.parquet")
+    return (folder / "whole.parquet").read_bytes()
+
+
+def test_broken_parquet(here, refused):
+    whole = _parquet(here)
+    (here / "cut.parquet").write_bytes(whole[: len(whole) // 2])
+    (message,) = refused("train", "HERE/job.yaml", "data.train=[HERE/cut.parquet]")
+    assert message.startswith("HERE/cut.parquet")
+    damaged = bytearray(whole)
+    damaged[10:200] = b"\xff" * 190
+    (here / "damaged.parquet").write_bytes(damaged)
+    (message,) = refused("train", "HERE/job.yaml", "data.train=[HERE/damaged.parquet]")
+    assert message.startswith("HERE/damaged.parquet")
+    assert "row group 1 of 1" in message
+
+
+def test_a_truncated_gz(here, refused):
+    whole = gzip.compress(FILES["good.jsonl"].encode() * 100)
+    (here / "cut.jsonl.gz").write_bytes(whole[: len(whole) - 20])
+    (message,) = refused("train", "HERE/job.yaml", "data.train=[HERE/cut.jsonl.gz]")
+    assert message.startswith("HERE/cut.jsonl.gz")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (b'{"instruction": "Q", "output": "\xff"}', "not UTF-8 text"),
+        (b'{"instruction": "Q", "output": null}', "column 'output' must be text, not None"),
+        (b'{"messages": []}', "has no column 'instruction'; its columns are 'messages'"),
+        (b'{"instruction": "Q", "output": "' + b"x" * (70 << 20) + b'"}', "64 MiB"),
+    ],
+)
+def test_rows_unlike_the_others(here, refused, row, message):
+    """In a second file of the set, so that no file is bad as a whole."""
+    (here / "set").mkdir()
+    (here / "set" / "a.jsonl").write_text(lines({"instruction": "Q", "output": "A"}))
+    (here / "set" / "b.jsonl").write_bytes(b'{"instruction": "Q", "output": "A"}\n' + row + b"\n")
+    (told,) = refused("train", "HERE/job.yaml", "data.train=[HERE/set]")
+    assert told.startswith("HERE/set/b.jsonl:2: row 2: ")
+    assert message in told
+
+
+def test_a_line_of_fifty_megabytes_is_a_row(here, refused):
+    (here / "long.jsonl").write_text(lines({"instruction": "Q", "output": "word " * (10 << 20)}, {"instruction": "Q"}))
+    (told,) = refused("train", "HERE/job.yaml", "data.train=[HERE/long.jsonl]")
+    assert told.startswith("HERE/long.jsonl:2: row 2: has no column 'output'")
+
+
+def test_a_converter_that_raises(here, refused):
+    (here / "mine.py").write_text("CONVERTERS = {'quiz': lambda row, description: 1 / 0}\n")
+    overrides = ["data.converters=HERE/mine.py", "data.train=[{path: HERE/good.jsonl, format: quiz}]"]
+    (told,) = refused("train", "HERE/job.yaml", *overrides)
+    assert "ZeroDivisionError: division by zero" in told
+    assert told.startswith("HERE/good.jsonl:1: row 1: ")

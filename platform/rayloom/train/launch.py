@@ -110,7 +110,7 @@ def ray_trainer(work: Work, monitor: Any) -> Any:
             "job": job.model_dump(mode="json"),
             "monitor": monitor,
             "device": resources.device,
-            "sets": len(work.plan.sets),
+            "sets": [data_set.name for data_set in work.plan.sets],
             "eval_sets": [data_set.name for data_set in work.eval_plan.sets] if work.eval_plan else [],
             "model_dir": str(run.model),
         },

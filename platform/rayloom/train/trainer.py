@@ -72,7 +72,8 @@ class StreamTrainer(transformers.Trainer):
         pad_token: int,
         manifest: bool,
         eval_tables: Callable[[], list[pa.Table]] | None,
-        names: Sequence[str],
+        set_names: Sequence[str],
+        eval_names: Sequence[str],
         **kw: Any,
     ) -> None:
         super().__init__(**kw)
@@ -84,7 +85,8 @@ class StreamTrainer(transformers.Trainer):
         self._pad_token = pad_token
         self._manifest = manifest
         self._read_eval_tables = eval_tables
-        self._names = names
+        self._set_names = set_names
+        self._eval_names = eval_names
         self._trained_positions = TrainedPositions(kw["model"])
         self._saved_step = -1
         self._log_clock: tuple[float, int] | None = None  # (time, tokens) of the row before; set by the first batch
@@ -135,7 +137,7 @@ class StreamTrainer(transformers.Trainer):
         row = {
             "step": self.state.global_step + 1,
             "rank": self.args.process_index,
-            "examples": [[set_index, row_name(row)] for set_index, row in count.names],
+            "examples": [[self._set_names[number], row_name(row)] for number, row in count.names],
         }
         answer(self._monitor.post.remote({"kind": "manifest", "row": row}), f"rank {self.args.process_index}")
 
@@ -168,7 +170,7 @@ class StreamTrainer(transformers.Trainer):
         metrics = evaluate(
             self.model_wrapped,
             self._eval_tables,
-            self._names,
+            self._eval_names,
             self._trained_positions,
             self._pad_token,
             self.args.device,
@@ -207,7 +209,7 @@ class StreamTrainer(transformers.Trainer):
             "data_wait": self._waited / (now - then),
             "tokens": self.meter.tokens,
             "examples_seen": sum(self.meter.examples),
-            "examples": self.meter.examples,
+            "examples": dict(zip(self._set_names, self.meter.examples, strict=True)),
             "position": self.meter.position.as_dict(),
         }
         self._waited = 0.0

@@ -72,7 +72,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
 
 def _train(config: dict[str, Any]) -> dict[str, Any] | None:
     job = JobConfig.model_validate(config["job"])
-    monitor, device, sets = config["monitor"], config["device"], config["sets"]
+    monitor, device, sets = config["monitor"], config["device"], len(config["sets"])
     rank = ray.train.get_context().get_world_rank()
     reached: set[str] = set()
 
@@ -118,7 +118,8 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
             pad_token=pad_token(tokenizer),
             manifest=job.data.manifest,
             eval_tables=eval_shard and partial(eval_shard.first, job.data.eval_samples, job.train.batch_size),
-            names=config["eval_sets"],
+            set_names=config["sets"],
+            eval_names=config["eval_sets"],
         )
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train(resume_from_checkpoint=folder)
