@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rayloom.data.description import Description
 
+from rayloom.data.description import Description
 from rayloom.data.encoding import Encoding
 from rayloom.data.example import Example
 from rayloom.data.files import estimate_rows, locate

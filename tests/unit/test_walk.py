@@ -16,9 +16,9 @@ from unittest import mock
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rayloom.data.description import Description
 
 import rayloom.data.plan
+from rayloom.data.description import Description
 from rayloom.data.mixture import Mixture
 from rayloom.data.plan import DataSet, Plan, Position, Segment
 from rayloom.data.rows import flatten_cursors, position_from

@@ -26,7 +26,7 @@ SCHEMA = pa.schema(
     }
 )
 _NO_CUTOFF = 2**31 - 1
-PERCENTILES = (5, 25, 50, 75, 95, 99)
+PERCENTILES = (50, 95, 99)
 
 
 @dataclass(frozen=True)

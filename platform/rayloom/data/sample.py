@@ -12,7 +12,7 @@ from rayloom.data.encoding import Encoding
 from rayloom.data.pack import pack
 from rayloom.data.plan import Plan, Position
 from rayloom.data.rows import Encoded
-from rayloom.data.segment import Encoder, SegmentOptions, drop_reason, encode_all, read_segment
+from rayloom.data.segment import Encoder, SegmentOptions, drop_reason, encode_all, read_segment, split
 from rayloom.data.walk import Walk
 
 
@@ -95,18 +95,25 @@ def take_sample(plan: Plan, encoder: Encoder, options: SegmentOptions, *, first:
             if encoding is None:
                 examples.append(Measured(item.set, 0, 0, 0, item.counter))
                 continue
-            examples.append(_measure(item.set, encoding, options.cutoff))
+            pieces = split(encoding, options.cutoff) if encoder.splits else [encoding]
+            examples.append(_measure(item.set, pieces, options.cutoff))
             if examples[-1].dropped is None:
-                kept_lengths.append(examples[-1].tokens)
+                kept_lengths += [len(piece.input_ids) for piece in pieces]
             if len(whole) < first:
                 whole.append(Encoded(encoding.input_ids, encoding.labels, item.set, item.row))
         packed_rows += len(pack(kept_lengths, options.cutoff))
     return Sample(tuple(whole), tuple(examples), packed_rows, position.epoch > 0 and len(examples) <= size)
 
 
-def _measure(set_index: int, encoding: Encoding, cutoff: int) -> Measured:
-    trained = sum(label >= 0 for label in encoding.labels[1:])
-    return Measured(set_index, len(encoding.input_ids), encoding.cut, trained, drop_reason(encoding, cutoff))
+def _measure(set_index: int, pieces: Sequence[Encoding], cutoff: int) -> Measured:
+    """One example; a long text has several pieces, which overlap by a token that is trained in the first of the two."""
+    return Measured(
+        set_index,
+        sum(len(piece.input_ids) for piece in pieces) - (len(pieces) - 1),
+        pieces[0].cut,
+        sum(label >= 0 for piece in pieces for label in piece.labels[1:]),
+        drop_reason(pieces[0], cutoff),
+    )
 
 
 def measure_lengths(lengths: Sequence[int]) -> Lengths:

@@ -202,17 +202,15 @@ def encode_items(
             count(item, item.counter)
         if encoding is None:
             continue
-        if encoder.splits and encoding.fault is None and len(encoding.input_ids) > options.cutoff:
-            kept += _pieces(item, encoding, options.cutoff)
-            continue
-        reason = drop_reason(encoding, options.cutoff)
+        pieces = split(encoding, options.cutoff) if encoder.splits else [encoding]
+        reason = drop_reason(pieces[0], options.cutoff)
         if reason is not None:
             count(item, reason)
             continue
         if encoding.cut:
             count(item, CUT)
             count(item, TOKENS_CUT, encoding.cut)
-        kept.append(Encoded(encoding.input_ids, encoding.labels, item.set, item.row))
+        kept += [Encoded(one.input_ids, one.labels, item.set, item.row, n > 0) for n, one in enumerate(pieces)]
     return kept, counts
 
 
@@ -235,15 +233,14 @@ def encode_all(
     return made
 
 
-def _pieces(item: Item, encoding: Encoding, cutoff: int) -> list[Encoded]:
-    """A long text as several rows. Each begins with the last token of the one before, which is not trained again:
-    so every token but the text's first is predicted once, and none is lost where a row ends."""
-    pieces = []
-    for start in range(0, len(encoding.input_ids) - 1, cutoff - 1):
-        labels = list(encoding.labels[start : start + cutoff])
-        labels[0] = IGNORED
-        pieces.append(Encoded(encoding.input_ids[start : start + cutoff], labels, item.set, item.row, start > 0))
-    return pieces
+def split(encoding: Encoding, cutoff: int) -> list[Encoding]:
+    """A long text as several pieces. Each begins with the last token of the one before, which is not trained again:
+    so every token but the text's first is predicted once, and none is lost where a piece ends."""
+    ids, labels = encoding.input_ids, encoding.labels
+    if len(ids) <= cutoff:
+        return [encoding]
+    starts = range(0, len(ids) - 1, cutoff - 1)
+    return [Encoding(ids[start : start + cutoff], [IGNORED, *labels[start + 1 : start + cutoff]]) for start in starts]
 
 
 def drop_reason(encoding: Encoding, cutoff: int) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from rayloom.data.plan import Plan, Position
 from rayloom.data.rows import raise_error
 from rayloom.stages.prepare import prepare_data, segment_options
 from rayloom.train.ray_session import prepare_environment, ray_session
+
+_NAME = 24
 
 
 def measure(job: JobConfig, console: Console) -> list[SetStatistics]:
@@ -49,6 +52,8 @@ def _tables(plan: Plan, work: MeasureSegment, console: Console) -> list[pa.Table
 
     from rayloom.data.stream import build_stream
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # this process runs the pipeline, and it tells at length
+
     cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
     segments = 2 + 5 * (plan.segments_left(Position()) or 1) // 4
     tables, start, done = [], Position(), 0
@@ -66,25 +71,25 @@ def _tables(plan: Plan, work: MeasureSegment, console: Console) -> list[pa.Table
 
 def show(statistics: list[SetStatistics], cutoff: int, console: Console) -> None:
     """The table."""
-    table = Table(box=None, pad_edge=False)
-    names = ("data set", "rows", "tokens", *(f"p{p}" for p in PERCENTILES), "trained", "longer", "twice", "left out")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    names = ("data set", "rows", "tokens", *(f"p{p}" for p in PERCENTILES), "trained", "longer", "twice", "out")
     for number, name in enumerate(names):
-        table.add_column(name, justify="right" if number else "left")
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
     for one in statistics:
         table.add_row(
-            one.name,
+            one.name if len(one.name) <= _NAME else one.name[: _NAME - 1] + "…",
             f"{one.rows:,}",
             f"{one.tokens:,}",
             *(f"{value:,}" for value in one.percentiles or ("-",) * len(PERCENTILES)),
-            f"{100 * one.trained / max(1, one.tokens):.1f} %",
-            f"{100 * one.longer / max(1, one.rows):.1f} %",
+            f"{100 * one.trained / max(1, one.tokens):.0f} %",
+            f"{100 * one.longer / max(1, one.rows):.0f} %",
             f"{one.duplicates:,}",
             f"{sum(one.dropped.values()):,}",
         )
     console.print(table)
     console.print(
-        f"p5 ... p99: lengths in tokens; trained: share of the tokens; longer: examples above the cutoff of {cutoff:,} "
-        "tokens, which are cut; twice: examples with the same tokens as an earlier one",
+        f"p50 ... p99: lengths in tokens; trained: share of the tokens; longer: examples above the cutoff of {cutoff:,} "
+        "tokens, which are cut; twice: examples with the same tokens as an earlier one; out: left out, for reasons below",
         style="dim",
     )
     for one in statistics:
