@@ -171,16 +171,15 @@ def measure_resume(folder: Path) -> None:
 def resume_part(folder: Path) -> None:
     """In a new process: the job's plan, the pipeline from the position, its first blocks."""
     started = time.perf_counter()
-    import ray
+    from rayloom.train.ray_session import prepare_environment, ray_session
 
+    prepare_environment()  # before anything imports Ray
     from rayloom.config.read import read_job
     from rayloom.data.plan import Position
     from rayloom.data.segment import EncodeSegment
     from rayloom.data.stream import build_stream
     from rayloom.stages.prepare import prepare_data, segment_options
-    from rayloom.train.ray_session import prepare_environment, ray_session
 
-    prepare_environment()
     job = read_job(str(folder / f"rows-{LARGE}.yaml"), [])
     plan, encoder = prepare_data(job)
     work = EncodeSegment(encoder, segment_options(job))
@@ -195,7 +194,6 @@ def resume_part(folder: Path) -> None:
             rows += [row for names in table["rows"].to_pylist() for row in names]
             if len(rows) >= 1024:
                 break
-        assert ray.is_initialized()
     print(json.dumps({"seconds": seconds, "with_start": time.perf_counter() - started, "rows": rows}))
 
 
@@ -237,14 +235,15 @@ def map_part(folder: Path) -> None:
 
 def stream_part(folder: Path) -> None:
     """One epoch of the pipeline with two tasks at a time."""
+    from rayloom.train.ray_session import prepare_environment, ray_session
+
+    prepare_environment()  # before anything imports Ray
     from rayloom.config.read import read_job
     from rayloom.data.plan import Position
     from rayloom.data.segment import EncodeSegment
     from rayloom.data.stream import build_stream
     from rayloom.stages.prepare import prepare_data, segment_options
-    from rayloom.train.ray_session import prepare_environment, ray_session
 
-    prepare_environment()
     path = job_file(folder, rows_file(folder, RATE))
     job = read_job(str(path), [f"model.path={os.environ['BENCH_MODEL']}", "train.max_steps=null", "train.epochs=1"])
     plan, encoder = prepare_data(job)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from rayloom.data.deal import deal
 from rayloom.data.rows import SCHEMA
+from rayloom.data.stream import task_ranges
 
 
 def table(start: int, stop: int) -> pa.Table:
@@ -96,3 +97,10 @@ def test_golden_remainder():
         [[0, 1], [6]], [[2, 3], []], [[4, 5], []],
     ]  # fmt: skip
     assert list(deal([], 0, 2, 2)) == []
+
+
+def test_tasks_cover_all_segments_in_order():
+    for segments in range(1, 40):
+        ranges = task_ranges(segments)
+        assert [n for start, stop in ranges for n in range(start, stop)] == list(range(segments))
+    assert task_ranges(11) == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 8), (8, 11)]

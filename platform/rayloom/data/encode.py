@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from rayloom.data.encoding import IGNORED, Encoding
 from rayloom.data.example import Example
@@ -82,7 +83,12 @@ def _cut_to_fit(renderer: Renderer, search: _Search, cutoff: int) -> Encoding:
 def _encoding(rendered: Rendered | ValueError, cut: int = 0, messages_cut: int = 0) -> Encoding:
     if isinstance(rendered, ValueError):
         return Encoding([], [], fault=str(rendered))
-    labels = [
-        token if trained else IGNORED for token, trained in zip(rendered.input_ids, rendered.trained, strict=True)
-    ]
-    return Encoding(rendered.input_ids, labels, cut, messages_cut=messages_cut)
+    ids = rendered.input_ids
+    labels = [IGNORED] * len(ids)
+    start = 0
+    for trained, run in groupby(rendered.trained):  # few runs of many tokens
+        stop = start + len(list(run))
+        if trained:
+            labels[start:stop] = ids[start:stop]
+        start = stop
+    return Encoding(ids, labels, cut, messages_cut=messages_cut)

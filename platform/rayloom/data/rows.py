@@ -164,8 +164,8 @@ def error_table(error: RequestError, schema: pa.Schema = SCHEMA) -> pa.Table:
 
 def raise_error(table: pa.Table) -> None:
     """Raise the `RequestError` that the table stands for, if it does."""
-    if table.num_rows and (messages := table["error"][0].as_py()):
-        raise RequestError(*json.loads(messages))
+    for messages in table["error"].drop_null():
+        raise RequestError(*json.loads(messages.as_py()))
 
 
 def collate(table: pa.Table, pad_token: int) -> dict[str, np.ndarray]:

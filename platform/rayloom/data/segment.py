@@ -133,7 +133,7 @@ def read_chunk(
         else:
             try:
                 example = align(raw.columns, data_set, options.converters)
-                item = Item(set_index, number, example, side=side_of(raw.columns))
+                item = Item(set_index, number, example, side=side_of(raw.columns) if options.held_out else 0.0)
             except ValueError as error:
                 fault = f"{error} (read as {data_set.description.format})"
                 item = Item(set_index, number, fault=fault, counter=MISFIT)

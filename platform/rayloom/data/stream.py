@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from itertools import pairwise
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -27,6 +28,8 @@ from rayloom.data.walk import Walk
 from rayloom.errors import JobError, RequestError
 
 PLANNER_SECONDS = 600.0
+SINGLE_TASKS = 4
+SEGMENTS_PER_TASK = 4
 
 
 class _Planner:
@@ -59,7 +62,11 @@ class _Planner:
 
 
 class _Numbers(Datasource):
-    """The numbers 0, 1, 2 ... one read task each: what there is to do, in order."""
+    """The numbers 0, 1, 2 ... : what there is to do, in order.
+
+    The first tasks have one segment each, so that training starts soon; later ones have several, because between two
+    tasks Ray Data leaves a process idle for about as long as a segment takes.
+    """
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -69,12 +76,23 @@ class _Numbers(Datasource):
         return None
 
     def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
-        metadata = BlockMetadata(num_rows=1, size_bytes=8, input_files=None, exec_stats=None)
-        return [ReadTask(partial(_number, number), metadata) for number in range(self._count)]
+        return [
+            ReadTask(
+                partial(_numbers, start, stop),
+                BlockMetadata(num_rows=stop - start, size_bytes=8 * (stop - start), input_files=None, exec_stats=None),
+            )
+            for start, stop in task_ranges(self._count)
+        ]
 
 
-def _number(number: int) -> list[pa.Table]:
-    return [pa.table({"number": [number]})]
+def task_ranges(segments: int) -> list[tuple[int, int]]:
+    """Start and stop of each task's segments."""
+    starts = [*range(min(segments, SINGLE_TASKS)), *range(SINGLE_TASKS, segments, SEGMENTS_PER_TASK)]
+    return list(pairwise([*starts, segments]))
+
+
+def _numbers(start: int, stop: int) -> list[pa.Table]:
+    return [pa.table({"number": list(range(start, stop))})]
 
 
 class SegmentWork(Protocol):
@@ -144,12 +162,12 @@ def build_stream(
     context.execution_options.preserve_order = True
     context.execution_no_progress_timeout_s = -1  # a trainer may evaluate or save for as long as it likes
     context.enable_progress_bars = False
-    # One block a segment, however large: a split block would be packed in two.
+    # One block a task, however large.
     context.target_max_block_size = None
     planner = ray.remote(_Planner).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote(plan, start)
     do = _DoSegment(planner, ray.put(plan), work, start.row)
     tasks: dict[str, Any] = {"num_cpus": task_cpus, "compute": ray.data.TaskPoolStrategy(size=concurrency)}
     with ray.data.DataContext.current(context):
         # The same resources and concurrency, so that Ray makes one task of the two steps.
-        numbers = ray.data.read_datasource(_Numbers(segments), override_num_blocks=segments, **tasks)
+        numbers = ray.data.read_datasource(_Numbers(segments), override_num_blocks=len(task_ranges(segments)), **tasks)
         return numbers.map_batches(do, batch_size=None, batch_format="pyarrow", **tasks)

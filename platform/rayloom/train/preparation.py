@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +92,12 @@ def _prepare_file(
 ) -> tuple[int, int] | RequestError:
     """Tokenize the chunks of one file of the store; (rows, tokens)."""
     data_set, encoder, options = shared
+    sided = replace(options, held_out=options.held_out or 1.0)  # jobs may hold out another share, or none
     tables = []
     try:
         for index in range(file * CHUNKS_PER_FILE, min((file + 1) * CHUNKS_PER_FILE, data_set.chunks)):
             chunk = data_set.chunk(index)
-            items = read_chunk(data_set, number, chunk, range(count_chunk(data_set, chunk)), options)
+            items = read_chunk(data_set, number, chunk, range(count_chunk(data_set, chunk)), sided)
             tables.append(_encode(data_set, number, items, encoder, options))
     except RequestError as error:
         return error

@@ -88,8 +88,8 @@ def show(statistics: list[SetStatistics], cutoff: int, console: Console) -> None
         )
     console.print(table)
     console.print(
-        f"p50 ... p99: lengths in tokens; trained: share of the tokens; longer: examples above the cutoff of {cutoff:,} "
-        "tokens, which are cut; twice: examples with the same tokens as an earlier one; out: left out, for reasons below",
+        f"p50 ... p99: lengths in tokens; trained: share of them; longer: examples above the cutoff of {cutoff:,} "
+        "tokens; twice: examples with the same tokens as an earlier one; out: left out, reasons below",
         style="dim",
     )
     for one in statistics:
