@@ -11,7 +11,11 @@ from pathlib import Path
 
 import pytest
 
-DATA = Path(__file__).resolve().parents[2] / "jobs" / "data"
+from rayloom.config.read import read_job
+from rayloom.data.index import check_rows, make_plan
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT / "jobs" / "data"
 SUM = re.compile(r"([\d.]+(?: [+×÷-] [\d.]+)+) = ([\d.]*\d)")
 
 
@@ -113,3 +117,11 @@ def test_printed_values_are_right(instructions):
                 assert str(eval(call[1], {})) == printed[1], question["content"]
                 checked += 1
     assert checked > 20
+
+
+@pytest.mark.parametrize("recipe", sorted(ROOT.glob("jobs/*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_is_a_job_with_data(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    job = read_job(recipe)
+    plan = make_plan(job.data, seed=0, epochs=1)
+    check_rows(plan, job.data.converters)
