@@ -36,3 +36,4 @@ def connected(head: LocalHead) -> Any:
             patch.setenv(name, value)
         reset_auth_token_state()  # Ray keeps what it read first, and other tests have been here before
         yield
+    reset_auth_token_state()

@@ -306,6 +306,7 @@ def test_evaluation_on_what_is_held_out_and_bad_rows_counted(tiny_model: Path, t
     evaluations = [row for row in rows if "eval_loss" in row]
     assert len(evaluations) >= 2
     assert result["eval"]["eval_loss"] == evaluations[-1]["eval_loss"]
+    assert len({row["step"] for row in evaluations}) == len(evaluations)
 
     # The same number by hand, from the adapter that was saved.
     plan = prepare_eval(config)

@@ -91,6 +91,7 @@ class StreamTrainer(transformers.Trainer):
         self._saved_step = -1
         self._log_clock: tuple[float, int] | None = None  # (time, tokens) of the row before; set by the first batch
         self._waited = 0.0  # seconds of waiting for data since then
+        self._evaluated: tuple[int, dict[str, float]] | None = None  # the last evaluation's step and metrics
         self.stopped = False
 
     # --- data --------------------------------------------------------------------------------------------------------
@@ -166,6 +167,8 @@ class StreamTrainer(transformers.Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate on this rank's rows of the evaluation stream and post a row of metrics to the driver."""
+        if self._evaluated is not None and self._evaluated[0] == self.state.global_step:
+            return self._evaluated[1]  # the last step's evaluation is the training's
         started = time.perf_counter()
         metrics = evaluate(
             self.model_wrapped,
@@ -181,6 +184,7 @@ class StreamTrainer(transformers.Trainer):
         if self._log_clock is not None:  # the time is not the training's
             then, tokens = self._log_clock
             self._log_clock = (then + time.perf_counter() - started, tokens)
+        self._evaluated = (self.state.global_step, metrics)
         return metrics
 
     # --- learning rate, metrics, checkpoints -------------------------------------------------------------------------
