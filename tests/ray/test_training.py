@@ -252,8 +252,9 @@ def test_a_stretch_that_cannot_be_trained_on_ends_the_job(
     segment, _ = Walk(plan).step(Position())
     good = set(segment.rows.tolist())
     lines = path.read_text().splitlines()
-    plain_text = json.dumps({"instruction": "", "output": ""}).ljust(80)  # the chunks must stay what they were
-    path.write_text("\n".join(line if row in good else plain_text for row, line in enumerate(lines)))
+    # A system message is never cut, so this one leaves no room for an answer.
+    long = json.dumps({"instruction": "long", "output": "stone", "system": "stone " * 500})
+    path.write_text("\n".join(line if row in good else long for row, line in enumerate(lines)))
     with pytest.raises(JobError, match="no example of 2 segments on end"):
         run(config)
     assert metrics(config)  # the first segment was trained on
@@ -267,10 +268,10 @@ def examples_in_order(config: JobConfig) -> list[tuple[str, str]]:
 
 def test_another_number_of_workers_goes_on_in_the_same_order(tiny_model: Path, data: Any, tmp_path: Path) -> None:
     data_part = {"mix": "interleave_over", "manifest": True}
-    train = {"workers": 2, "batch_size": 1, "max_steps": 9}
+    train = {"workers": 2, "batch_size": 2, "max_steps": 9}
     config = job(tiny_model, tmp_path, data, data=data_part, train=train)
     run(config)
-    more = config.train.model_copy(update={"workers": 1, "max_steps": 80})  # into the second epoch
+    more = config.train.model_copy(update={"workers": 1, "max_steps": 50})  # into the second epoch
     resumed = config.model_copy(update={"resume": True, "train": more})
     result, _ = run(resumed)
     plan, encoder = prepare_data(resumed)

@@ -100,7 +100,8 @@ def segment_table(
         rows.append(
             {
                 "input_ids": _joined([example.input_ids for example in members]),
-                "labels": _joined([example.labels for example in members]),
+                # An example's first token has nothing before it that it could be predicted from.
+                "labels": _joined([[IGNORED, *example.labels[1:]] for example in members]),
                 "position_ids": _joined([range(len(example.input_ids)) for example in members]),
                 "sets": [example.set for example in members if not example.continues],
                 "rows": [example.row for example in members if not example.continues],
