@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from rich.console import Console
 from safetensors.torch import load_file
 from tests.ray.small_jobs import job, metrics, plain_losses, run, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,6 +34,7 @@ from rayloom.errors import JobError, RequestError
 from rayloom.methods.attach import attach_method
 from rayloom.stages.prepare import eval_options, prepare_data, prepare_eval, segment_options
 from rayloom.train import driver
+from rayloom.train.preparation import prepare
 
 STEPS = 4
 pytestmark = pytest.mark.usefixtures("connected")
@@ -54,7 +57,8 @@ def mixed() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def plain(tiny_model: Path, data: list[dict[str, Any]], mixed: dict[str, Any], tmp_path_factory: Any) -> Any:
     """The run that the others are compared with: one worker, no DeepSpeed."""
-    config = job(tiny_model, tmp_path_factory.mktemp("plain"), data, data=mixed, train={"max_steps": STEPS})
+    part = {**mixed, "manifest": True}
+    config = job(tiny_model, tmp_path_factory.mktemp("plain"), data, data=part, train={"max_steps": STEPS})
     result, rows = run(config)
     return config, result, rows
 
@@ -145,6 +149,7 @@ def test_run_directory(plain: Any) -> None:
         "data.json",
         "job.yaml",
         "loss.png",
+        "manifest.jsonl",
         "metrics.jsonl",
         "model",
         "result.json",
@@ -177,6 +182,21 @@ def test_the_adapter_loads_in_peft_and_merges(plain: Any, tiny_model: Path) -> N
         merged = adapted.merge_and_unload()(ids).logits
     assert (logits - untrained).abs().max() > 1e-3  # it has learned something
     torch.testing.assert_close(merged, logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_job_finds_what_was_prepared(plain: Any, tmp_path: Path, capsys: Any) -> None:
+    config, _, rows = plain
+    stored = config.model_copy(update={"output_dir": str(tmp_path), "name": "stored"})
+    told = [Console(file=io.StringIO(), width=160) for _ in range(2)]
+    for console in told:
+        prepare(stored, console)
+    assert "is prepared already" not in told[0].file.getvalue()  # type: ignore[attr-defined]
+    assert told[1].file.getvalue().count("is prepared already") == 2  # type: ignore[attr-defined]
+    capsys.readouterr()
+    _, after = run(stored)
+    assert capsys.readouterr().out.count("prepared tokens are read from") == 2
+    assert losses(after) == losses(rows)
+    assert (stored.run_dir / "manifest.jsonl").read_text() == (config.run_dir / "manifest.jsonl").read_text()
 
 
 def test_a_finished_run_is_refused(plain: Any) -> None:

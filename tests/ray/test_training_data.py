@@ -5,11 +5,10 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
-from tests.ray.small_jobs import job, run, write_rows
+from tests.ray.small_jobs import job, write_rows
 
 from rayloom.data.measure import SetStatistics
 from rayloom.errors import RequestError
@@ -54,22 +53,6 @@ def test_statistics_of_every_row(tiny_model: Path, tmp_path: Path) -> None:
     draw([first, second], 40, tmp_path / "lengths.png")
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
     assert isinstance(first, SetStatistics)
-
-
-def test_a_job_finds_what_was_prepared(tiny_model: Path, tmp_path: Path, capsys: Any) -> None:
-    path = write_rows(tmp_path / "rows.jsonl", 60)
-    config = job(tiny_model, tmp_path, [{"path": str(path)}], name="plain", data={"cutoff": 40, "manifest": True})
-    _, before = run(config)
-    prepare(config, console())
-    again = console()
-    prepare(config, again)
-    assert "is prepared already" in again.file.getvalue()  # type: ignore[attr-defined]
-    capsys.readouterr()
-    stored = config.model_copy(update={"name": "stored"})
-    _, after = run(stored)
-    assert "prepared tokens are read from" in capsys.readouterr().out
-    assert [row["loss"] for row in after] == [row["loss"] for row in before]
-    assert (stored.run_dir / "manifest.jsonl").read_text() == (config.run_dir / "manifest.jsonl").read_text()
 
 
 def test_a_bad_row_ends_the_preparation(tiny_model: Path, tmp_path: Path) -> None:

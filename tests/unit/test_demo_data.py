@@ -13,6 +13,7 @@ import pytest
 
 from rayloom.config.read import read_job
 from rayloom.data.index import check_rows, make_plan
+from rayloom.stages.prepare import segment_options
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "jobs" / "data"
@@ -124,4 +125,4 @@ def test_every_recipe_is_a_job_with_data(recipe: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(ROOT)
     job = read_job(recipe)
     plan = make_plan(job.data, seed=0, epochs=1)
-    check_rows(plan, job.data.converters)
+    check_rows(plan, segment_options(job))

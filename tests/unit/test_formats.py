@@ -9,27 +9,15 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.from_rows import PLAIN, from_alpaca, from_openai, from_sharegpt
 
 from rayloom.data.description import Columns, Description, read_descriptions
 from rayloom.data.example import Example, Message
 from rayloom.data.formats import FORMATS, detect_format, telling_columns
 
 DEMOS = Path(__file__).parents[3] / "shared" / "data"
-PLAIN = Description()
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
-
-
-def from_alpaca(row: dict[str, Any], description: Description = PLAIN) -> Example:
-    return FORMATS["alpaca"](row, description)
-
-
-def from_sharegpt(row: dict[str, Any], description: Description = PLAIN) -> Example:
-    return FORMATS["sharegpt"](row, description)
-
-
-def from_openai(row: dict[str, Any], description: Description = PLAIN) -> Example:
-    return FORMATS["openai"](row, description)
 
 
 def conversation(*turns: tuple[str, str]) -> Example:

@@ -6,25 +6,11 @@ import json
 from typing import Any
 
 import pytest
+from tests.from_rows import from_alpaca, from_openai, from_sharegpt
 
 from rayloom.data.description import Columns, Description, Tags
 from rayloom.data.example import Example, Message, ToolCall
 from rayloom.data.formats import FORMATS
-
-PLAIN = Description()
-
-
-def from_alpaca(row: dict[str, Any], description: Description = PLAIN) -> Example:
-    return FORMATS["alpaca"](row, description)
-
-
-def from_sharegpt(row: dict[str, Any], description: Description = PLAIN) -> Example:
-    return FORMATS["sharegpt"](row, description)
-
-
-def from_openai(row: dict[str, Any], description: Description = PLAIN) -> Example:
-    return FORMATS["openai"](row, description)
-
 
 CALL = ToolCall("add", {"a": 1})
 SCHEMA = {"name": "add", "parameters": {"type": "object"}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import rayloom.data.index
 from rayloom.data.config import DataConfig
 from rayloom.data.index import check_rows, make_plan
 from rayloom.data.plan import Plan
+from rayloom.data.segment import SegmentOptions
 from rayloom.errors import RequestError
 
 GOOD = {"instruction": "Q", "output": "A"}
+OPTIONS = SegmentOptions(cutoff=64, packing=True)
 
 
 def plan_for(*sets: Any, epochs: int | None = 1, **data: Any) -> Plan:
@@ -61,7 +64,7 @@ def test_the_first_bad_row_of_every_set_has_a_message(tmp_path):
     c = write(tmp_path / "c.jsonl", {"messages": [{"role": "user", "content": "Q"}]})
     plan = plan_for(a, b, c)
     with pytest.raises(RequestError) as refused:
-        check_rows(plan, None)
+        check_rows(plan, OPTIONS)
     assert refused.value.messages == (
         f"{a}:2: row 2: has no column 'output'; its columns are 'instruction' (read as alpaca)",
         f"{c}:1: row 1: ends without an assistant's answer, so there is nothing to learn (read as openai)",
@@ -73,10 +76,10 @@ def test_the_check_reads_the_first_megabytes_only(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", *rows, {"instruction": "Q"})
     plan = plan_for(path)
     assert plan.sets[0].chunks > 4
-    check_rows(plan, None)  # the bad row stands behind what is checked
+    check_rows(plan, OPTIONS)  # the bad row stands behind what is checked
     monkeypatch.setattr(rayloom.data.index, "CHECKED_BYTES", 1 << 30)
     with pytest.raises(RequestError, match=r"a\.jsonl:6001: row 6001: has no column 'output'"):
-        check_rows(plan, None)
+        check_rows(plan, OPTIONS)
 
 
 # --- descriptions, samples, converters ------------------------------------------------------------------------------
@@ -89,7 +92,7 @@ def test_a_name_of_the_description_file_is_a_path(tmp_path):
     )
     plan = plan_for("quiz", {"path": "quiz", "name": "less", "max_samples": 2}, description=str(tmp_path))
     assert [(s.name, s.length, s.description.columns.prompt) for s in plan.sets] == [("quiz", 4, "q"), ("less", 2, "q")]
-    check_rows(plan, None)
+    check_rows(plan, OPTIONS)
 
 
 def test_a_set_that_only_another_hub_has(tmp_path):
@@ -121,10 +124,20 @@ def test_a_format_of_the_users_own(tmp_path):
     path = write(tmp_path / "a.jsonl", {"q": "Q", "a": "A"}, {"q": "Q"})
     plan = plan_for({"path": path, "format": "quiz"}, converters=str(converters))
     with pytest.raises(RequestError, match=r"a\.jsonl:2: row 2: .*KeyError.*'a'.*\(read as quiz\)"):
-        check_rows(plan, str(converters))
+        check_rows(plan, replace(OPTIONS, converters=str(converters)))
 
 
 def test_held_out_and_eval_exclude_each_other(tmp_path):
     path = write(tmp_path / "a.jsonl", GOOD)
     with pytest.raises(ValueError, match="two ways to say what to evaluate on"):
         plan_for(path, eval=[path], held_out=0.1)
+
+
+def test_a_format_is_told_from_the_first_row_that_can_be_read(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("no json\n" + json.dumps(GOOD) + "\n")
+    plan = plan_for(str(path))
+    assert plan.sets[0].description.format == "alpaca"
+    check_rows(plan, replace(OPTIONS, on_bad_row="skip"))
+    with pytest.raises(RequestError, match=r"a\.jsonl:1: row 1: not JSON"):
+        check_rows(plan, OPTIONS)

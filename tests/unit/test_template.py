@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-from itertools import groupby
-from pathlib import Path
-from typing import Any
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.chat import MARKED, SINGLE, conversation, own_ids, render_one, trained_runs
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from rayloom.data.example import Example, Message, ToolCall
 from rayloom.data.spans import token_range
-from rayloom.data.template import Rendered, Renderer, resolve_template
+from rayloom.data.template import Rendered, Renderer
 from rayloom.data.template_library import library_template
-from rayloom.errors import RequestError
-
-MARKED = """\
-{%- for message in messages -%}
-{{ '<|im_start|>' + message['role'] + '\\n' }}
-{%- if message['role'] == 'assistant' -%}
-{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}
-{%- else -%}
-{{ message['content'] + '<|im_end|>' }}
-{%- endif -%}
-{{ '\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
 
 # As reasoning models do it: only the last answer is rendered as it was given.
 FORGETFUL = """\
@@ -52,11 +36,6 @@ PLAIN = """\
 {%- if add_generation_prompt -%}{{ 'assistant: ' }}{%- endif -%}"""
 
 
-def conversation(*turns: tuple[str, str]) -> Example:
-    return Example(tuple(Message(role, text) for role, text in turns))
-
-
-SINGLE = conversation(("user", "What is your name?"), ("assistant", "My name is Loomis."))
 MULTI = conversation(
     ("system", "Be brief."),
     ("user", "Hi"),
@@ -76,31 +55,6 @@ def examples(draw: st.DrawFn) -> Example:
     pairs = draw(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3))
     turns = [turn for question, answer in pairs for turn in (("user", question), ("assistant", answer))]
     return conversation(*system, *turns)
-
-
-def trained_runs(tokenizer: Any, rendered: Rendered) -> list[str]:
-    """The text of every unbroken run of trained tokens."""
-    pairs = zip(rendered.input_ids, rendered.trained, strict=True)
-    runs = groupby(pairs, key=lambda pair: pair[1])
-    return [tokenizer.decode([token for token, _ in run]) for trained, run in runs if trained]
-
-
-def own_ids(tokenizer: Any, example: Example, template: str, **options: Any) -> list[int]:
-    encoded = tokenizer.apply_chat_template(
-        example.as_dicts(),
-        tools=list(example.tools) or None,
-        chat_template=template,
-        tokenize=True,
-        return_dict=True,
-        **options,
-    )
-    return list(encoded["input_ids"])
-
-
-def render_one(renderer: Renderer, example: Example) -> Rendered:
-    (rendered,) = renderer.render([example])
-    assert isinstance(rendered, Rendered), rendered
-    return rendered
 
 
 def fault(renderer: Renderer, example: Example) -> str:
@@ -386,89 +340,3 @@ def test_a_template_that_refuses_a_conversation_says_why(tokenizer, marked):
         "the chat template refuses a conversation with the roles system, user, assistant: System role not supported"
     )
     assert good == also_good == render_one(renderer, SINGLE)  # one bad row leaves the others alone
-
-
-# --- which template -------------------------------------------------------------------------------------------------
-
-
-class Bare:
-    """What `resolve_template` asks of a tokenizer under `auto`."""
-
-    def __init__(self, chat_template: Any) -> None:
-        self.chat_template = chat_template
-
-
-def test_auto_is_the_models_own(tokenizer):
-    assert resolve_template("auto", tokenizer, "m") == tokenizer.chat_template
-    assert resolve_template("auto", Bare({"default": "a", "tool_use": "b"}), "m") == "a"
-
-
-@pytest.mark.parametrize("own", [None, "", {}, {"tool_use": "b"}])
-def test_auto_without_a_template_of_the_model(own):
-    with pytest.raises(RequestError) as refused:
-        resolve_template("auto", Bare(own), "m")
-    assert refused.value.messages == ("data.template: auto: m has no chat template; name a .jinja file instead",)
-
-
-def test_a_file_is_read_as_it_is(tokenizer, tmp_path, monkeypatch):
-    (tmp_path / "t.jinja").write_text(MARKED, encoding="utf-8")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert resolve_template("~/t.jinja", tokenizer, "m") == MARKED
-
-
-@pytest.mark.parametrize("name", ["nope.jinja", "chatml", "folder.jinja", "t.txt"])
-def test_what_is_no_template_file(tokenizer, tmp_path, name):
-    (tmp_path / "folder.jinja").mkdir()
-    (tmp_path / "t.txt").write_text(MARKED)
-    path = str(tmp_path / name)
-    with pytest.raises(RequestError) as refused:
-        resolve_template(path, tokenizer, "m")
-    assert refused.value.messages == (
-        f"data.template: unknown {path!r}; give `auto`, a name that `rayloom templates` lists, "
-        "or the path of a .jinja file that exists",
-    )
-
-
-def test_a_name_of_the_library(tokenizer):
-    assert resolve_template("qwen2_5", tokenizer, "m") == library_template("qwen")
-    with pytest.raises(
-        RequestError, match=r"^data\.template: unknown 'qwen33'; did you mean 'qwen3'\? Give `auto`, a na"
-    ):
-        resolve_template("qwen33", tokenizer, "m")
-
-
-def test_auto_takes_trls_training_version(tiny_model):
-    """TRL knows the template by its text, and has one that marks the answers of the same turns."""
-    chat_template_utils = pytest.importorskip("trl.chat_template_utils", reason="TRL is not installed")
-    model = AutoTokenizer.from_pretrained(tiny_model)
-    model.chat_template = chat_template_utils.qwen3_chat_template
-    template = resolve_template("auto", model, "m")
-    assert template == chat_template_utils.qwen3_training_chat_template
-    assert model.chat_template == chat_template_utils.qwen3_chat_template
-    # That template has leading line breaks of an answer go, and the line break behind the end-of-turn learnt.
-    assert trained_runs(model, render_one(Renderer(model, template), SINGLE)) == [
-        "<think>\n\n</think>\n\nMy name is Loomis.<|im_end|>\n"
-    ]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a\n{% if %}", ":2: not a template: Expected an expression, got 'end of statement block'"),
-        ("{% for %}", ":1: not a template: Expected an expression, got 'end of statement block'"),
-        ("{{ nothing.x }}", ": the template does not render a plain conversation: 'nothing' is undefined"),
-        ("{{ raise_exception('no') }}", ": the template does not render a plain conversation: no"),
-        ("{{ 1 / 0 }}", ": the template does not render a plain conversation: division by zero"),
-        (
-            "{{ messages[0] + 1 }}",
-            ": the template does not render a plain conversation: unsupported operand type(s) for +: 'dict' and 'int'",
-        ),
-        (b"\xff", ": cannot be read as text: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
-    ],
-)
-def test_templates_that_do_not_work(tokenizer, tmp_path, text, message):
-    path = Path(tmp_path / "t.jinja")
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(RequestError) as refused:
-        resolve_template(str(path), tokenizer, "m")
-    assert refused.value.messages == (f"{path}{message}",)

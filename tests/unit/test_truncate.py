@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.chat import own_ids
 from transformers import AutoTokenizer
 
 from rayloom.data.encode import encode_conversations
@@ -29,17 +30,6 @@ def conversations(draw: st.DrawFn) -> Example:
     for _ in range(draw(st.integers(1, 5))):
         turns += [Message("user", draw(WORDS)), Message("assistant", draw(WORDS))]
     return Example((*system, *turns))
-
-
-def own_ids(tokenizer: Any, example: Example, template: str) -> list[int]:
-    encoded = tokenizer.apply_chat_template(
-        example.as_dicts(),
-        tools=list(example.tools) or None,
-        chat_template=template,
-        tokenize=True,
-        return_dict=True,
-    )
-    return list(encoded["input_ids"])
 
 
 def is_part_of(part: list[int], whole: list[int]) -> bool:

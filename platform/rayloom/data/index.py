@@ -11,7 +11,7 @@ from rayloom.data.files import DataFile, count_rows, estimate_rows, locate, plac
 from rayloom.data.formats import FORMATS, Converter, Row, detect_format, load_converters, telling_columns
 from rayloom.data.permutation import permutation
 from rayloom.data.plan import DataSet, Plan
-from rayloom.data.segment import align
+from rayloom.data.segment import SegmentOptions, read_chunk
 from rayloom.data.walk import count_chunk
 from rayloom.errors import RequestError
 
@@ -36,39 +36,31 @@ def make_plan(config: DataConfig, *, seed: int, epochs: int | None) -> Plan:
     return Plan(sets, weights, config.mix, seed, config.window, epochs)
 
 
-def check_rows(plan: Plan, converters: str | None) -> None:
+def check_rows(plan: Plan, options: SegmentOptions) -> None:
     """Parse and align the first few megabytes of every set, so that most faults show before anything is loaded.
 
     Raises:
-        RequestError: one message for the first bad row of each set that has one.
+        RequestError: one message for the first bad row of each set that has one, if such rows are not skipped.
     """
     faults: list[str] = []
-    for data_set in plan.sets:
+    for number, data_set in enumerate(plan.sets):
         try:
-            _check_set(data_set, converters)
+            _check_set(data_set, number, options)
         except RequestError as error:
             faults += error.messages
     if faults:
         raise RequestError(*faults)
 
 
-def _check_set(data_set: DataSet, converters: str | None) -> None:
+def _check_set(data_set: DataSet, number: int, options: SegmentOptions) -> None:
     checked = 0
     for index in range(data_set.chunks):
         if checked >= CHECKED_BYTES:
             return
         chunk = data_set.chunk(index)
-        file, number = data_set.locate(chunk)
+        file, _ = data_set.locate(chunk)
         checked += file.size // file.chunks
-        for row, raw in enumerate(read_rows(file, number, range(count_chunk(data_set, chunk)))):
-            fault = raw.fault
-            if raw.columns is not None:
-                try:
-                    align(raw.columns, data_set, converters)
-                except ValueError as error:
-                    fault = f"{error} (read as {data_set.description.format})"
-            if fault:
-                raise RequestError(f"{place(file, number, row)}: {fault}")
+        read_chunk(data_set, number, chunk, range(count_chunk(data_set, chunk)), options)
 
 
 def _locate(
@@ -110,15 +102,15 @@ def _locate(
 
 
 def _tell_format(files: tuple[DataFile, ...], path: str, description: Description) -> str:
-    """The format of the first row that can be read."""
+    """The format of the first row that can be read, in the first chunk that has rows."""
     for file in files:
         for chunk in range(file.chunks):
-            if not count_rows(file, chunk):
-                continue
-            (raw,) = read_rows(file, chunk, [0])
-            if raw.columns is None:
-                raise RequestError(f"{place(file, chunk, 0)}: {raw.fault}")
-            return _format_of(raw.columns, place(file, chunk, 0), path, description)
+            rows = read_rows(file, chunk, range(count_rows(file, chunk)))
+            for number, raw in enumerate(rows):
+                if raw.columns is not None:
+                    return _format_of(raw.columns, place(file, chunk, number), path, description)
+            if rows:
+                raise RequestError(f"{place(file, chunk, 0)}: {rows[0].fault}")
     raise RequestError(f"{path}: is empty; a data set needs at least one row")
 
 

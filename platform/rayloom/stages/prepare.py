@@ -25,8 +25,7 @@ def prepare_data(job: JobConfig) -> tuple[Plan, Encoder]:
     """
     check_model_path(job.model.path)
     plan = make_plan(job.data, seed=job.train.seed, epochs=None if job.train.max_steps else job.train.epochs)
-    if job.data.on_bad_row == "error":
-        check_rows(plan, job.data.converters)
+    check_rows(plan, segment_options(job))
     tokenizer = load_tokenizer(job.model.path)
     return plan, _encoder(job, tokenizer)
 
@@ -50,8 +49,8 @@ def prepare_eval(job: JobConfig) -> Plan | None:
         return None
     sets = data.eval or [item.model_copy(update={"weight": None}) for item in data.train]
     plan = make_plan(data.model_copy(update={"train": sets, "mix": "concat"}), seed=0, epochs=1)
-    if data.eval and data.on_bad_row == "error":
-        check_rows(plan, data.converters)
+    if data.eval:
+        check_rows(plan, segment_options(job))
     return plan
 
 

@@ -15,7 +15,7 @@ from rayloom.config.job import JobConfig
 from rayloom.data.plan import DataSet, Plan
 from rayloom.data.rows import REFUSED
 from rayloom.data.segment import Encoder, Item, SegmentOptions, encode_all, read_chunk
-from rayloom.data.store import CHUNKS_PER_FILE, SCHEMA, files_of, finish, store_folder, write_file
+from rayloom.data.store import CHUNKS_PER_FILE, SCHEMA, files_of, find_store, finish, store_folder, write_file
 from rayloom.data.walk import count_chunk
 from rayloom.errors import RequestError
 from rayloom.stages.prepare import prepare_data, segment_options, store_root
@@ -36,11 +36,10 @@ def prepare(job: JobConfig, console: Console) -> None:
     key = encoder.key()
     missing = []
     for number, data_set in enumerate(plan.sets):
-        folder = store_folder(store_root(job), data_set, key, options.cutoff)
-        if (folder / "complete.json").exists():
-            console.print(f"{data_set.name}: is prepared already in {folder}", soft_wrap=True, highlight=False)
+        if found := find_store(store_root(job), data_set, key, options.cutoff):
+            console.print(f"{data_set.name}: is prepared already in {found}", soft_wrap=True, highlight=False)
         else:
-            missing.append((number, data_set, folder))
+            missing.append((number, data_set, store_folder(store_root(job), data_set, key, options.cutoff)))
     if not missing:
         return
     with ray_session(verbose=False):
