@@ -3,7 +3,7 @@
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-ray test-tokenizers bench bench-data lint format clean
+.PHONY: help setup demo test test-unit test-ray test-slow test-tokenizers bench bench-data lint format clean
 # Checks go from quick to slow, and two test runs at once would starve each other.
 .NOTPARALLEL:
 
@@ -22,7 +22,10 @@ test-unit: setup ## tests that need no Ray
 	$(RUN) .venv/bin/python -m pytest tests/unit
 
 test-ray: setup ## tests on a local Ray cluster
-	$(RUN) .venv/bin/python -m pytest tests/ray
+	$(RUN) .venv/bin/python -m pytest tests/ray -m "not slow"
+
+test-slow: setup ## tests on Ray that start the workers several times (four minutes)
+	$(RUN) .venv/bin/python -m pytest tests/ray -m slow
 
 test-tokenizers: setup ## chat templates and cuts with ten real tokenizers (downloads 77 MB once)
 	$(RUN) bash tests/real_tokenizers.sh

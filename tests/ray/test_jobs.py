@@ -20,7 +20,7 @@ from rayloom.jobs.client import JobsClient, connect, follow_logs, job_logs, job_
 from rayloom.jobs.local_head import LocalHead
 from rayloom.jobs.submit import Submission, submit
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.timeout(400)
 
 JOB = """
 name: {name}

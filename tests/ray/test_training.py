@@ -247,6 +247,7 @@ def test_a_bad_row_met_while_training_is_a_request_error(
     assert not config.run_dir.exists()
 
 
+@pytest.mark.slow
 def test_a_stream_longer_than_one_execution(
     tiny_model: Path, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,6 +263,7 @@ def test_a_stream_longer_than_one_execution(
     assert [row["step"] for row in rows] == list(range(1, result["steps"] + 1))
 
 
+@pytest.mark.slow
 def test_a_stretch_that_cannot_be_trained_on_ends_the_job(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +288,7 @@ def examples_in_order(config: JobConfig) -> list[tuple[str, str]]:
     return [tuple(name) for row in sorted(rows, key=lambda row: (row["step"], row["rank"])) for name in row["examples"]]
 
 
+@pytest.mark.slow
 def test_another_number_of_workers_goes_on_in_the_same_order(tiny_model: Path, data: Any, tmp_path: Path) -> None:
     data_part = {"mix": "interleave_over", "manifest": True}
     train = {"workers": 2, "batch_size": 2, "max_steps": 9}

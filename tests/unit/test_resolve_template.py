@@ -62,7 +62,8 @@ def test_a_name_of_the_library(tokenizer):
 
 def test_auto_takes_trls_training_version(tiny_model):
     """TRL knows the template by its text, and has one that marks the answers of the same turns."""
-    chat_template_utils = pytest.importorskip("trl.chat_template_utils", reason="TRL is not installed")
+    from trl import chat_template_utils
+
     model = AutoTokenizer.from_pretrained(tiny_model)
     model.chat_template = chat_template_utils.qwen3_chat_template
     template = resolve_template("auto", model, "m")

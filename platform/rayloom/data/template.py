@@ -68,10 +68,8 @@ def resolve_template(template: str, tokenizer: Any, model_path: str) -> str:
 
 
 def _training_version(tokenizer: Any) -> str | None:
-    try:
-        from trl.chat_template_utils import get_training_chat_template
-    except ImportError:  # TRL comes with the stages that train on it
-        return None
+    from trl.chat_template_utils import get_training_chat_template
+
     try:
         return get_training_chat_template(tokenizer)
     except Exception:  # it has none (ValueError), or what it tries on the template fails there
