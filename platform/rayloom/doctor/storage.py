@@ -8,9 +8,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from rayloom.cache import cache_dir
 from rayloom.config.job import JobConfig
 from rayloom.doctor.finding import Finding
-from rayloom.models.wheel import cache_dir
 
 _GIB = 1 << 30
 

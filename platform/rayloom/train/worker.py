@@ -25,6 +25,7 @@ from rayloom.methods.attach import attach_method
 from rayloom.models.load import load_causal_lm, load_tokenizer, pad_token
 from rayloom.models.precision import Precision, choose_precision, computes_bf16
 from rayloom.train.deepspeed import deepspeed_config, engine_of
+from rayloom.train.kernels import load_cpu_kernels
 from rayloom.train.meter import StreamMeter
 from rayloom.train.monitor import answer
 from rayloom.train.trainer import StreamTrainer
@@ -81,6 +82,10 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
             reached.add(name)
             answer(monitor.post.remote({"kind": "phase", "name": name, "time": time.time()}), "rank 0")
 
+    def say(text: str) -> None:
+        if rank == 0:
+            answer(monitor.post.remote({"kind": "note", "text": text}), "rank 0")
+
     phase("workers")
     shard: Any = ray.train.get_dataset_shard("train")  # a `rayloom.data.deal.Shard`
     tables = shard.batches(job.train.batch_size)
@@ -88,6 +93,8 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
     _quieten(device)
     if device == "cpu":
         torch.set_num_threads(_own_cores())
+        if job.train.deepspeed != "none":
+            load_cpu_kernels(say)
     precision = choose_precision(job.train.precision, device, bf16=computes_bf16(device))
     transformers.set_seed(job.train.seed)
 

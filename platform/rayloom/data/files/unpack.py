@@ -8,7 +8,6 @@ of the file, so another node makes the same one.
 from __future__ import annotations
 
 import csv
-import fcntl
 import hashlib
 import io
 import json
@@ -20,11 +19,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from rayloom.cache import cache_dir, only_one
 from rayloom.data.files.access import RangeReader, Source, find_source, reason
 from rayloom.data.files.data_file import MAX_ROW_BYTES
 from rayloom.data.files.json_list import list_elements
 from rayloom.errors import RequestError
-from rayloom.models.wheel import cache_dir
 
 _BLOCK_BYTES = 1 << 20  # of unpacked text at a time
 _REQUEST_BYTES = 4 << 20  # of the file at a time: each may be a request to a remote store
@@ -46,9 +45,7 @@ def unpacked(source: Source, how: str) -> Source:
     path = cache_dir() / "data" / f"{name}.{'txt' if kind == 'txt' else 'jsonl'}"
     try:
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.with_suffix(".lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # processes that want the same wait for the first
+            with only_one(path.with_suffix(".lock"), f"the lines of {source.address}"):
                 if not path.exists():
                     _write(path, _convert(source, how))
         return find_source(str(path), source.retries)
