@@ -7,6 +7,7 @@ from typing import Any
 
 from rayloom.data.example import Example, Message
 from rayloom.data.template import Rendered, Renderer
+from rayloom.models.text_tokenizer import TokenizerState
 
 # A template that marks its answers.
 MARKED = """\
@@ -28,6 +29,11 @@ def conversation(*turns: tuple[Any, str]) -> Example:
 
 
 SINGLE = conversation(("user", "What is your name?"), ("assistant", "My name is Loomis."))
+
+
+def renderer_of(tokenizer: Any, template: str, **options: Any) -> Renderer:
+    """A renderer with a tokenizer of transformers, as the data tasks have it."""
+    return Renderer(TokenizerState.of(tokenizer).load(), template, **options)
 
 
 def trained_runs(tokenizer: Any, rendered: Rendered) -> list[str]:

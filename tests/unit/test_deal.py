@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pyarrow as pa
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -99,8 +100,10 @@ def test_golden_remainder():
     assert list(deal([], 0, 2, 2)) == []
 
 
-def test_tasks_cover_all_segments_in_order():
+@pytest.mark.parametrize("first", [0, 1])
+def test_tasks_cover_all_segments_in_order(first):
     for segments in range(1, 40):
-        ranges = task_ranges(segments)
-        assert [n for start, stop in ranges for n in range(start, stop)] == list(range(segments))
-    assert task_ranges(11) == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 8), (8, 11)]
+        ranges = task_ranges(first, segments)
+        assert [n for start, stop in ranges for n in range(start, stop)] == list(range(first, segments))
+    assert task_ranges(0, 11) == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 8), (8, 11)]
+    assert task_ranges(1, 11) == [(1, 2), (2, 3), (3, 4), (4, 5), (5, 9), (9, 11)]

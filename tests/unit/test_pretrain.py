@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from rayloom.data.example import Example, Message
+from rayloom.models.text_tokenizer import TokenizerState
 from rayloom.stages.pretrain import PretrainEncoder
 
 
-def test_a_text_is_its_tokens_and_the_end(tiny_model, tokenizer):
-    encoder = PretrainEncoder(str(tiny_model))
+def test_a_text_is_its_tokens_and_the_end(tokenizer):
+    encoder = PretrainEncoder(TokenizerState.of(tokenizer))
     texts = ["a river of stone", "", "lamp"]
     encodings = encoder.encode([Example(text=text) for text in texts], cutoff=4)
     for text, encoding in zip(texts, encodings, strict=True):
@@ -16,8 +17,8 @@ def test_a_text_is_its_tokens_and_the_end(tiny_model, tokenizer):
         assert (encoding.cut, encoding.fault) == (0, None)
 
 
-def test_a_conversation_is_refused(tiny_model):
+def test_a_conversation_is_refused(tokenizer):
     chat = Example(messages=(Message("user", "Q"), Message("assistant", "A")))
-    first, second = PretrainEncoder(str(tiny_model)).encode([chat, Example(text="lamp")], cutoff=4)
+    first, second = PretrainEncoder(TokenizerState.of(tokenizer)).encode([chat, Example(text="lamp")], cutoff=4)
     assert "holds a conversation" in (first.fault or "")
     assert second.fault is None

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.chat import MARKED, SINGLE, render_one, trained_runs
+from tests.chat import MARKED, SINGLE, render_one, renderer_of, trained_runs
 from transformers import AutoTokenizer
 
-from rayloom.data.template import Renderer, resolve_template
+from rayloom.data.template import resolve_template
 from rayloom.data.template_library import library_template
 from rayloom.errors import RequestError
 
@@ -70,7 +70,7 @@ def test_auto_takes_trls_training_version(tiny_model):
     assert template == chat_template_utils.qwen3_training_chat_template
     assert model.chat_template == chat_template_utils.qwen3_chat_template
     # That template has leading line breaks of an answer go, and the line break behind the end-of-turn learnt.
-    assert trained_runs(model, render_one(Renderer(model, template), SINGLE)) == [
+    assert trained_runs(model, render_one(renderer_of(model, template), SINGLE)) == [
         "<think>\n\n</think>\n\nMy name is Loomis.<|im_end|>\n"
     ]
 

@@ -6,11 +6,13 @@ import pickle
 from dataclasses import replace
 
 import pytest
+from tests.chat import renderer_of
 
 from rayloom.data.encoding import IGNORED, Encoding
 from rayloom.data.example import Example, Message
-from rayloom.data.template import Rendered, Renderer
+from rayloom.data.template import Rendered
 from rayloom.data.template_library import library_template
+from rayloom.models.text_tokenizer import TokenizerState
 from rayloom.stages.sft import SftEncoder
 
 QUESTION = (Message("user", "What is your name?"),)
@@ -21,10 +23,13 @@ EXAMPLES = [
 ]
 
 
-def test_labels_are_the_ids_of_the_answers(tiny_model, tokenizer):
-    encoder = pickle.loads(pickle.dumps(SftEncoder(str(tiny_model), tokenizer.chat_template)))  # as it reaches a task
+def test_labels_are_the_ids_of_the_answers(tokenizer):
+    encoder = SftEncoder(TokenizerState.of(tokenizer), tokenizer.chat_template)
+    encoder = pickle.loads(pickle.dumps(encoder))  # as it reaches a task
     encoded = encoder.encode(EXAMPLES, 2048)
-    for encoding, rendered in zip(encoded, Renderer(tokenizer, tokenizer.chat_template).render(EXAMPLES), strict=True):
+    for encoding, rendered in zip(
+        encoded, renderer_of(tokenizer, tokenizer.chat_template).render(EXAMPLES), strict=True
+    ):
         assert isinstance(rendered, Rendered)
         assert encoding.input_ids == rendered.input_ids
         assert [label != IGNORED for label in encoding.labels] == rendered.trained
@@ -38,19 +43,19 @@ def learnt(tokenizer, encoding):
     return tokenizer.decode([label for label in encoding.labels if label != IGNORED])
 
 
-def test_the_settings_reach_the_renderer(tiny_model, tokenizer):
+def test_the_settings_reach_the_renderer(tokenizer):
     example = Example(QUESTION + ANSWER + QUESTION + ANSWER)
     template = library_template("qwen3")
-    (encoding,) = SftEncoder(str(tiny_model), template, mask_history=True).encode([example], 2048)
+    (encoding,) = SftEncoder(TokenizerState.of(tokenizer), template, mask_history=True).encode([example], 2048)
     assert learnt(tokenizer, encoding) == "Loomis.<|im_end|>"
-    (encoding,) = SftEncoder(str(tiny_model), template, train_on_prompt=True).encode([example], 2048)
+    (encoding,) = SftEncoder(TokenizerState.of(tokenizer), template, train_on_prompt=True).encode([example], 2048)
     assert encoding.labels == encoding.input_ids
-    (encoding,) = SftEncoder(str(tiny_model), template, enable_thinking=True).encode([EXAMPLES[0]], 2048)
+    (encoding,) = SftEncoder(TokenizerState.of(tokenizer), template, enable_thinking=True).encode([EXAMPLES[0]], 2048)
     assert learnt(tokenizer, encoding) == "<think>\n\n</think>\n\nLoomis.<|im_end|>"
 
 
-def test_the_key_changes_with_what_changes_the_tokens(tiny_model, tokenizer):
-    plain = SftEncoder(str(tiny_model), tokenizer.chat_template)
+def test_the_key_changes_with_what_changes_the_tokens(tokenizer):
+    plain = SftEncoder(TokenizerState.of(tokenizer), tokenizer.chat_template)
     others = [
         replace(plain, template=library_template("qwen3")),
         replace(plain, train_on_prompt=True),
@@ -62,9 +67,9 @@ def test_the_key_changes_with_what_changes_the_tokens(tiny_model, tokenizer):
     assert not plain.splits
 
 
-def test_what_is_too_long_is_cut(tiny_model, tokenizer):
+def test_what_is_too_long_is_cut(tokenizer):
     long = Example((Message("user", "a" * 100), *ANSWER))
-    (encoding,) = SftEncoder(str(tiny_model), tokenizer.chat_template).encode([long], 40)
+    (encoding,) = SftEncoder(TokenizerState.of(tokenizer), tokenizer.chat_template).encode([long], 40)
     assert len(encoding.input_ids) == 40
     assert encoding.cut > 0
     assert learnt(tokenizer, encoding) == "Loomis.<|im_end|>"
@@ -81,8 +86,8 @@ def test_what_is_too_long_is_cut(tiny_model, tokenizer):
         (Example(), "the chat template renders nothing for this conversation"),
     ],
 )
-def test_a_bad_row_leaves_the_others_alone(tiny_model, example, fault):
-    encoder = SftEncoder(str(tiny_model), library_template("chatml"))
+def test_a_bad_row_leaves_the_others_alone(example, fault, tokenizer):
+    encoder = SftEncoder(TokenizerState.of(tokenizer), library_template("chatml"))
     first, bad, last = encoder.encode([EXAMPLES[0], example, EXAMPLES[1]], 2048)
     assert bad.fault is not None
     assert bad.fault.startswith(fault)

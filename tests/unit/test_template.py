@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.chat import MARKED, SINGLE, conversation, own_ids, render_one, trained_runs
+from tests.chat import MARKED, SINGLE, conversation, own_ids, render_one, renderer_of, trained_runs
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
@@ -70,7 +70,7 @@ def fault(renderer: Renderer, example: Example) -> str:
 @given(batch=st.lists(examples(), min_size=1, max_size=3))
 def test_ids_are_the_tokenizers_and_trained_is_what_was_answered(tokenizer, marked, batch):
     template = MARKED if marked else tokenizer.chat_template
-    rendered = Renderer(tokenizer, template).render(batch)
+    rendered = renderer_of(tokenizer, template).render(batch)
     for example, one in zip(batch, rendered, strict=True):
         assert one.input_ids == own_ids(tokenizer, example, template)
         answers = [message.content + "<|im_end|>" for message in example.messages if message.role == "assistant"]
@@ -79,7 +79,7 @@ def test_ids_are_the_tokenizers_and_trained_is_what_was_answered(tokenizer, mark
 
 @given(batch=st.lists(examples(), max_size=3))
 def test_a_template_that_marks_answers_gives_the_mask_of_one_that_does_not(tokenizer, batch):
-    assert Renderer(tokenizer, MARKED).render(batch) == Renderer(tokenizer, tokenizer.chat_template).render(batch)
+    assert renderer_of(tokenizer, MARKED).render(batch) == renderer_of(tokenizer, tokenizer.chat_template).render(batch)
 
 
 @given(example=examples())
@@ -87,7 +87,7 @@ def test_marks_without_the_end_of_turn_cover_the_answers_alone(tokenizer, exampl
     """Also where the last character of an answer takes several tokens, of which transformers' mask has one."""
     template = MARKED.replace("'<|im_end|>' }}{% endgeneration %}", "'' }}{% endgeneration %}{{ '<|im_end|>' }}")
     assert template != MARKED
-    rendered = render_one(Renderer(tokenizer, template), example)
+    rendered = render_one(renderer_of(tokenizer, template), example)
     assert rendered.input_ids == own_ids(tokenizer, example, tokenizer.chat_template)
     answers = [message.content for message in example.messages if message.role == "assistant" and message.content]
     assert trained_runs(tokenizer, rendered) == answers
@@ -95,12 +95,12 @@ def test_marks_without_the_end_of_turn_cover_the_answers_alone(tokenizer, exampl
 
 @given(batch=st.lists(examples(), max_size=4))
 def test_a_batch_is_its_examples_one_by_one(tokenizer, batch):
-    renderer = Renderer(tokenizer, tokenizer.chat_template)
+    renderer = renderer_of(tokenizer, tokenizer.chat_template)
     assert renderer.render(batch) == [one for example in batch for one in renderer.render([example])]
 
 
 def test_golden(tokenizer):
-    rendered = render_one(Renderer(tokenizer, tokenizer.chat_template), MULTI)
+    rendered = render_one(renderer_of(tokenizer, tokenizer.chat_template), MULTI)
     assert tokenizer.decode(rendered.input_ids) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
         "<|im_start|>assistant\n Yes?\n\nWell\n<|im_end|>\n"
@@ -111,7 +111,7 @@ def test_golden(tokenizer):
 
 
 def test_without_an_end_of_turn_token_the_whole_rest_is_the_answer(tokenizer):
-    rendered = render_one(Renderer(tokenizer, PLAIN), SINGLE)
+    rendered = render_one(renderer_of(tokenizer, PLAIN), SINGLE)
     assert trained_runs(tokenizer, rendered) == ["My name is Loomis.\n"]
 
 
@@ -119,7 +119,7 @@ def test_a_token_that_begins_in_the_prompt_is_not_trained(tokenizer):
     """ "spider" is one token, of which the prompt has the first three letters: the answer begins behind it."""
     assert len(tokenizer.encode(" spider", add_special_tokens=False)) == 1
     template = "{%- for m in messages -%}{{ m['content'] if m['role'] == 'user' else m['content'] }}{%- endfor -%}"
-    (rendered,) = Renderer(tokenizer, template).render(
+    (rendered,) = renderer_of(tokenizer, template).render(
         [conversation(("user", "A spi"), ("assistant", "der has eight."))]
     )
     assert tokenizer.decode(rendered.input_ids) == "A spider has eight."
@@ -129,7 +129,7 @@ def test_a_token_that_begins_in_the_prompt_is_not_trained(tokenizer):
 def test_a_token_that_ends_behind_the_answer_is_not_trained(tokenizer):
     template = "{%- for m in messages -%}{%- if m['role'] == 'assistant' -%}"
     template += "{% generation %}{{ m['content'] }}{% endgeneration %}der{%- endif -%}{%- endfor -%}"
-    (rendered,) = Renderer(tokenizer, template).render([conversation(("user", ""), ("assistant", "A spi"))])
+    (rendered,) = renderer_of(tokenizer, template).render([conversation(("user", ""), ("assistant", "A spi"))])
     assert tokenizer.decode(rendered.input_ids) == "A spider"
     assert trained_runs(tokenizer, rendered) == ["A"]
 
@@ -143,18 +143,18 @@ def test_nothing_is_put_before_what_the_template_renders(tiny_model, tokenizer, 
     )
     assert beginning("Hi")["input_ids"][0] == beginning.pad_token_id
     template = MARKED if marked else tokenizer.chat_template
-    assert Renderer(beginning, template).render([MULTI]) == Renderer(tokenizer, template).render([MULTI])
+    assert renderer_of(beginning, template).render([MULTI]) == renderer_of(tokenizer, template).render([MULTI])
 
 
 def test_no_examples(tokenizer):
-    assert Renderer(tokenizer, tokenizer.chat_template).render([]) == []
+    assert renderer_of(tokenizer, tokenizer.chat_template).render([]) == []
 
 
 def test_neither_tokenizer_nor_example_is_changed(tokenizer):
     before = (tokenizer.chat_template, tokenizer.padding_side, tokenizer.truncation_side, len(tokenizer))
     dicts = MULTI.as_dicts()
-    Renderer(tokenizer, MARKED).render([MULTI])
-    Renderer(tokenizer, PLAIN).render([MULTI])
+    renderer_of(tokenizer, MARKED).render([MULTI])
+    renderer_of(tokenizer, PLAIN).render([MULTI])
     assert (tokenizer.chat_template, tokenizer.padding_side, tokenizer.truncation_side, len(tokenizer)) == before
     assert MULTI.as_dicts() == dicts
 
@@ -187,11 +187,11 @@ def test_prompts_are_the_tokenizers(tokenizer, batch):
     prompts = [Example(example.messages[:-1]) for example in batch]
     for template in (MARKED, tokenizer.chat_template):
         expected = [own_ids(tokenizer, prompt, template, add_generation_prompt=True) for prompt in prompts]
-        assert Renderer(tokenizer, template).render_prompts(prompts) == expected
+        assert renderer_of(tokenizer, template).render_prompts(prompts) == expected
 
 
 def test_a_prompt_that_is_refused_leaves_the_others_alone(tokenizer):
-    good, bad = Renderer(tokenizer, NO_SYSTEM + MARKED).render_prompts([SINGLE, MULTI])
+    good, bad = renderer_of(tokenizer, NO_SYSTEM + MARKED).render_prompts([SINGLE, MULTI])
     assert isinstance(good, list)
     assert isinstance(bad, ValueError)
 
@@ -205,9 +205,9 @@ def without_marks(template: str) -> str:
 
 def test_tool_turns_without_marks_are_those_with_marks(tokenizer):
     marked = library_template("qwen3_nothink")
-    rendered = render_one(Renderer(tokenizer, marked), CALLS)
+    rendered = render_one(renderer_of(tokenizer, marked), CALLS)
     assert rendered.input_ids == own_ids(tokenizer, CALLS, marked)
-    assert rendered == render_one(Renderer(tokenizer, without_marks(marked)), CALLS)
+    assert rendered == render_one(renderer_of(tokenizer, without_marks(marked)), CALLS)
     assert trained_runs(tokenizer, rendered) == [
         '<tool_call>\n{"name": "weather", "arguments": {"town": "Köln"}}\n</tool_call>\n'
         '<tool_call>\n{"name": "weather", "arguments": {"town": "Ulm"}}\n</tool_call><|im_end|>',
@@ -226,7 +226,7 @@ def test_tool_turns_without_marks_are_those_with_marks(tokenizer):
 )
 def test_thinking(tokenizer, enable_thinking, first, second):
     template = library_template("qwen3")
-    renderer = Renderer(tokenizer, template, enable_thinking=enable_thinking)
+    renderer = renderer_of(tokenizer, template, enable_thinking=enable_thinking)
     rendered = render_one(renderer, THOUGHT)
     option = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
     assert rendered.input_ids == own_ids(tokenizer, THOUGHT, template, **option)
@@ -243,11 +243,11 @@ def test_thinking(tokenizer, enable_thinking, first, second):
 @pytest.mark.parametrize("marked", [False, True])
 def test_everything_or_the_last_answer(tokenizer, marked):
     template = MARKED if marked else tokenizer.chat_template
-    assert all(render_one(Renderer(tokenizer, template, train_on_prompt=True), MULTI).trained)
-    last = render_one(Renderer(tokenizer, template, mask_history=True), MULTI)
+    assert all(render_one(renderer_of(tokenizer, template, train_on_prompt=True), MULTI).trained)
+    last = render_one(renderer_of(tokenizer, template, mask_history=True), MULTI)
     assert trained_runs(tokenizer, last) == ["3<|im_end|>"]
     with pytest.raises(ValueError, match="choose one"):
-        Renderer(tokenizer, template, train_on_prompt=True, mask_history=True)
+        renderer_of(tokenizer, template, train_on_prompt=True, mask_history=True)
 
 
 @pytest.mark.parametrize("marked", [False, True])
@@ -257,12 +257,15 @@ def test_a_message_has_the_last_word(tokenizer, marked):
     turns[1] = Message("user", "Hi", train=True)
     turns[2] = Message("assistant", turns[2].content, train=False)
     flagged = Example(tuple(turns))
-    assert trained_runs(tokenizer, render_one(Renderer(tokenizer, template), flagged)) == ["Hi", "3<|im_end|>"]
-    everything = render_one(Renderer(tokenizer, template, train_on_prompt=True), flagged)
+    assert trained_runs(tokenizer, render_one(renderer_of(tokenizer, template), flagged)) == [
+        "Hi",
+        "3<|im_end|>",
+    ]
+    everything = render_one(renderer_of(tokenizer, template, train_on_prompt=True), flagged)
     left_out = [token for token, trained in zip(everything.input_ids, everything.trained, strict=True) if not trained]
     assert tokenizer.decode(left_out) == " Yes?\n\nWell\n<|im_end|>"
     turns[2] = Message("assistant", turns[2].content, train=True)
-    history = render_one(Renderer(tokenizer, template, mask_history=True), Example(tuple(turns)))
+    history = render_one(renderer_of(tokenizer, template, mask_history=True), Example(tuple(turns)))
     assert trained_runs(tokenizer, history) == ["Hi", " Yes?\n\nWell\n<|im_end|>", "3<|im_end|>"]
 
 
@@ -274,10 +277,10 @@ def test_answers_of_several_blocks_are_told_apart_where_it_matters(tokenizer):
     )
     assert template.count("endgeneration") == 2
     assert (
-        render_one(Renderer(tokenizer, template), MULTI).trained
-        == render_one(Renderer(tokenizer, MARKED), MULTI).trained
+        render_one(renderer_of(tokenizer, template), MULTI).trained
+        == render_one(renderer_of(tokenizer, MARKED), MULTI).trained
     )
-    last = render_one(Renderer(tokenizer, template, mask_history=True), MULTI)
+    last = render_one(renderer_of(tokenizer, template, mask_history=True), MULTI)
     assert trained_runs(tokenizer, last) == ["3<|im_end|>"]
 
 
@@ -286,11 +289,11 @@ def test_a_prompt_to_train_that_the_template_changes_is_refused(tokenizer):
         "{{ message['content'] + '<|im_end|>' }}\n{%- endif", "{{ message['content'] | upper }}\n{%- endif"
     )
     example = Example((Message("user", "Hi", train=True), Message("assistant", "Yes?")))
-    assert "does not render its text as it is" in fault(Renderer(tokenizer, template), example)
+    assert "does not render its text as it is" in fault(renderer_of(tokenizer, template), example)
 
 
 def test_half_a_character_is_refused_and_leaves_the_others_alone(tokenizer):
-    good, bad = Renderer(tokenizer, MARKED).render([SINGLE, conversation(("user", "a\ud83d"), ("assistant", "b"))])
+    good, bad = renderer_of(tokenizer, MARKED).render([SINGLE, conversation(("user", "a\ud83d"), ("assistant", "b"))])
     assert isinstance(good, Rendered)
     assert str(bad) == "the conversation holds '\\ud83d', which is no character"
 
@@ -309,7 +312,7 @@ def test_the_tokens_in_a_span_are_those_whose_offsets_are(tokenizer, text, bound
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
-    renderer = Renderer(tokenizer, FORGETFUL)
+    renderer = renderer_of(tokenizer, FORGETFUL)
     thinking = conversation(
         ("user", "Hi"), ("assistant", "<think>x</think>Yes?"), ("user", "Why?"), ("assistant", "<think>y</think>So.")
     )
@@ -323,17 +326,17 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
 def test_a_template_whose_prompt_is_no_beginning_of_the_whole_is_refused(tokenizer):
     template = tokenizer.chat_template.replace("'<|im_start|>assistant\\n'", "'<|im_start|>model\\n'")
     assert template != tokenizer.chat_template
-    assert "rewrites earlier turns" in fault(Renderer(tokenizer, template), SINGLE)
+    assert "rewrites earlier turns" in fault(renderer_of(tokenizer, template), SINGLE)
 
 
 @pytest.mark.parametrize("template", ["", "{% generation %}{% endgeneration %}"])
 def test_a_template_that_renders_nothing_is_refused(tokenizer, template):
-    assert fault(Renderer(tokenizer, template), SINGLE) == "the chat template renders nothing for this conversation"
+    assert fault(renderer_of(tokenizer, template), SINGLE) == "the chat template renders nothing for this conversation"
 
 
 @pytest.mark.parametrize("marked", [False, True])
 def test_a_template_that_refuses_a_conversation_says_why(tokenizer, marked):
-    renderer = Renderer(tokenizer, NO_SYSTEM + (MARKED if marked else tokenizer.chat_template))
+    renderer = renderer_of(tokenizer, NO_SYSTEM + (MARKED if marked else tokenizer.chat_template))
     good, bad, also_good = renderer.render([SINGLE, MULTI, SINGLE])
     assert isinstance(bad, ValueError)
     assert str(bad) == (

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.chat import renderer_of
 from transformers import AutoTokenizer
 
 from rayloom.data.encode import encode_conversations
 from rayloom.data.encoding import IGNORED
 from rayloom.data.example import Example, Message, ToolCall
-from rayloom.data.template import Rendered, Renderer
+from rayloom.data.template import Rendered
 from rayloom.data.template_library import known_names, library_template, template_names
 
 NAMES = [name for name, _ in template_names()]
@@ -48,7 +49,7 @@ CALLING = [
 
 
 def render(tokenizer: Any, template: str, example: Example) -> Rendered:
-    (rendered,) = Renderer(tokenizer, template).render([example])
+    (rendered,) = renderer_of(tokenizer, template).render([example])
     assert isinstance(rendered, Rendered), rendered
     return rendered
 
@@ -56,7 +57,7 @@ def render(tokenizer: Any, template: str, example: Example) -> Rendered:
 def check_ids(tokenizer: Any, name: str) -> None:
     """Conversations and prompts are the tokenizer's own, token for token."""
     template = library_template(name)
-    renderer = Renderer(tokenizer, template)
+    renderer = renderer_of(tokenizer, template)
     for example in CONVERSATIONS + (CALLING if name in WITH_TOOLS else []):
         options = {"chat_template": template, "tools": list(example.tools) or None, "tokenize": True}
         own = tokenizer.apply_chat_template(example.as_dicts(), return_dict=True, **options)["input_ids"]
@@ -103,7 +104,7 @@ def test_the_answers_and_their_end_are_trained(tokenizer, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_prompt_is_the_beginning_of_its_conversation(tokenizer, name):
     """So the model is asked as it was taught, and the next turn changes nothing of the last one."""
-    renderer = Renderer(tokenizer, library_template(name), enable_thinking=None)
+    renderer = renderer_of(tokenizer, library_template(name), enable_thinking=None)
     example = CONVERSATIONS[2]
     prompt, earlier = Example(example.messages[:-1]), Example(example.messages[:3])
     (prompt_ids,) = renderer.render_prompts([prompt])
@@ -118,7 +119,7 @@ def test_a_prompt_is_the_beginning_of_its_conversation(tokenizer, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_tools_are_rendered_or_refused(tokenizer, name):
     for example in CALLING:
-        (rendered,) = Renderer(tokenizer, library_template(name)).render([example])
+        (rendered,) = renderer_of(tokenizer, library_template(name)).render([example])
         if name in WITH_TOOLS:
             assert isinstance(rendered, Rendered)
             text = tokenizer.decode(rendered.input_ids)
@@ -128,13 +129,13 @@ def test_tools_are_rendered_or_refused(tokenizer, name):
             assert len(trained_runs(tokenizer, rendered)) == len(answers)
         else:
             assert "this template cannot tell the model about tools" in str(rendered)
-            (called,) = Renderer(tokenizer, library_template(name)).render([Example(example.messages)])
+            (called,) = renderer_of(tokenizer, library_template(name)).render([Example(example.messages)])
             assert "this template cannot render tool calls" in str(called)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_system_message_in_the_middle_is_refused(tokenizer, name):
-    (error,) = Renderer(tokenizer, library_template(name)).render([Example((USER, SYSTEM, LAST))])
+    (error,) = renderer_of(tokenizer, library_template(name)).render([Example((USER, SYSTEM, LAST))])
     assert str(error).endswith("with the roles user, system, assistant: a system message stands first or not at all")
 
 
@@ -184,7 +185,7 @@ def test_models_own_templates(folder):
 def test_cutting_with_real_tokenizers(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for name in sorted(WITH_TOOLS | {"chatml", "llama2", "glm4"}):
-        renderer = Renderer(tokenizer, library_template(name))
+        renderer = renderer_of(tokenizer, library_template(name))
         for example in CONVERSATIONS + (CALLING if name in WITH_TOOLS else []):
             whole = render(tokenizer, library_template(name), example)
             for cutoff in range(8, len(whole.input_ids), 7):

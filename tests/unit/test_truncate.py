@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.chat import own_ids
+from tests.chat import own_ids, renderer_of
 from transformers import AutoTokenizer
 
 from rayloom.data.encode import encode_conversations
 from rayloom.data.encoding import IGNORED, Encoding
 from rayloom.data.example import Example, Message, ToolCall
 from rayloom.data.spans import FixedTokens
-from rayloom.data.template import Rendered, Renderer
+from rayloom.data.template import Rendered
 from rayloom.data.template_library import library_template
 from rayloom.data.truncate import cut_texts, turn_starts, without_turns
+from rayloom.models.text_tokenizer import TokenizerState
 
 TEMPLATES = ["chatml", "qwen3", "llama2", "gemma", "vicuna", "glm4", "mistral"]
 WORDS = st.text(st.sampled_from("ab cé日👩 \n"), max_size=40)
@@ -39,7 +40,7 @@ def is_part_of(part: list[int], whole: list[int]) -> bool:
 
 
 def encode(tokenizer: Any, template: str, example: Example, cutoff: int) -> Encoding:
-    (encoding,) = encode_conversations(Renderer(tokenizer, template), [example], cutoff)
+    (encoding,) = encode_conversations(renderer_of(tokenizer, template), [example], cutoff)
     return encoding
 
 
@@ -171,7 +172,7 @@ def test_the_end_of_turn_and_the_marks_stay(tokenizer, example, cutoff):
 
 @given(batch=st.lists(conversations(), max_size=5), cutoff=st.integers(8, 200))
 def test_a_batch_is_its_examples_one_by_one(tokenizer, batch, cutoff):
-    renderer = Renderer(tokenizer, tokenizer.chat_template)
+    renderer = renderer_of(tokenizer, tokenizer.chat_template)
     alone = [encode_conversations(renderer, [example], cutoff)[0] for example in batch]
     assert encode_conversations(renderer, batch, cutoff) == alone
 
@@ -257,7 +258,7 @@ def test_thoughts_are_cut_within_their_marks(seeing):
 
 
 def test_fixed_tokens(seeing):
-    fixed = FixedTokens.of(seeing)
+    fixed = FixedTokens.of(TokenizerState.of(seeing).load())
     text = "    a<|vision_start|><|image_pad|>frame<|image_pad|><|vision_end|>b<|vision_start|>c"
     ids = seeing(text, add_special_tokens=False)["input_ids"]
     kept = sorted(fixed.positions(ids))

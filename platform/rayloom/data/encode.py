@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 
 from rayloom.data.encoding import IGNORED, Encoding
 from rayloom.data.example import Example
@@ -85,10 +84,11 @@ def _encoding(rendered: Rendered | ValueError, cut: int = 0, messages_cut: int =
         return Encoding([], [], fault=str(rendered))
     ids = rendered.input_ids
     labels = [IGNORED] * len(ids)
-    start = 0
-    for trained, run in groupby(rendered.trained):  # few runs of many tokens
-        stop = start + len(list(run))
-        if trained:
-            labels[start:stop] = ids[start:stop]
-        start = stop
+    flags = bytes(rendered.trained)  # few runs of many tokens, which `find` skips at once
+    start = flags.find(1)
+    while start >= 0:
+        stop = flags.find(0, start)
+        stop = len(ids) if stop < 0 else stop
+        labels[start:stop] = ids[start:stop]
+        start = flags.find(1, stop)
     return Encoding(ids, labels, cut, messages_cut=messages_cut)

@@ -93,31 +93,36 @@ def segment_table(
         groups = pack(lengths, capacity)
     if not groups:  # all were left out; an empty row still tells how many
         groups = [[]]
+    ids = [np.asarray(example.input_ids, dtype=np.int32) for example in examples]
+    labels = [np.array(example.labels, dtype=np.int32) for example in examples]
+    for one in labels:
+        one[:1] = IGNORED  # an example's first token has nothing before it that it could be predicted from
+    positions = np.arange(max([0, *lengths]), dtype=np.int32)
+    whole = [[index for index in group if not examples[index].continues] for group in groups]
     cursors = flatten_cursors(start)
-    rows = []
-    for number, group in enumerate(groups):
-        members = [examples[index] for index in group]
-        rows.append(
-            {
-                "input_ids": _joined([example.input_ids for example in members]),
-                # An example's first token has nothing before it that it could be predicted from.
-                "labels": _joined([[IGNORED, *example.labels[1:]] for example in members]),
-                "position_ids": _joined([range(len(example.input_ids)) for example in members]),
-                "sets": [example.set for example in members if not example.continues],
-                "rows": [example.row for example in members if not example.continues],
-                "counts": list(counts) if number == 0 else [],
-                "epoch": start.epoch,
-                "segment": start.segment,
-                "row": number,
-                "cursors": cursors,
-                "epochs_done": segment.epochs_done((number + 1) / len(groups)),
-            }
-        )
-    return pa.Table.from_pylist(rows, schema=SCHEMA)
+    columns = {
+        "input_ids": _lists(groups, ids, pa.int32()),
+        "labels": _lists(groups, labels, pa.int32()),
+        "position_ids": _lists(groups, [positions[:length] for length in lengths], pa.int32()),
+        "sets": [[examples[index].set for index in group] for group in whole],
+        "rows": [[examples[index].row for index in group] for group in whole],
+        "counts": [list(counts), *([] for _ in groups[1:])],
+        "epoch": [start.epoch] * len(groups),
+        "segment": [start.segment] * len(groups),
+        "row": list(range(len(groups))),
+        "cursors": [cursors] * len(groups),
+        "epochs_done": [segment.epochs_done((number + 1) / len(groups)) for number in range(len(groups))],
+        "error": [None] * len(groups),
+    }
+    return pa.table(columns, schema=SCHEMA)
 
 
-def _joined(parts: Sequence[Sequence[int] | range]) -> np.ndarray:
-    return np.concatenate([np.empty(0, dtype=np.int32), *(np.asarray(part, dtype=np.int32) for part in parts)])
+def _lists(groups: Sequence[Sequence[int]], parts: Sequence[np.ndarray], value_type: pa.DataType) -> pa.Array:
+    """A list column: each row is the parts of its group, one after the other."""
+    rows = [sum(len(parts[index]) for index in group) for group in groups]
+    values = np.concatenate([np.empty(0, dtype=np.int32), *(parts[index] for group in groups for index in group)])
+    offsets = pa.array(np.cumsum([0, *rows]), pa.int32())
+    return pa.ListArray.from_arrays(offsets, pa.array(values, value_type))
 
 
 def _by_length(lengths: Sequence[int], key: tuple[object, ...]) -> list[int]:

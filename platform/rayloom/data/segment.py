@@ -250,4 +250,4 @@ def drop_reason(encoding: Encoding, cutoff: int) -> int | None:
     if len(encoding.input_ids) > cutoff or (encoding.cut and not encoding.input_ids):  # no cut makes it fit
         return TOO_LONG
     # The first token has nothing before it that it could be predicted from.
-    return UNTRAINED if all(label < 0 for label in encoding.labels[1:]) else None
+    return UNTRAINED if max(encoding.labels[1:], default=IGNORED) < 0 else None

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
+from rayloom.models.text_tokenizer import TextTokenizer, byte_offset
+
 Span = tuple[int, int]
 """Start and stop, of characters or of tokens; the stop is not in it."""
 
@@ -32,9 +36,9 @@ class FixedTokens:
     blocks: tuple[tuple[int, int], ...]
 
     @staticmethod
-    def of(tokenizer: Any) -> FixedTokens:
+    def of(tokenizer: TextTokenizer) -> FixedTokens:
         # Some vocabularies (Gemma's) add runs of spaces and line breaks; those are text like any other.
-        added = {content: token for content, token in tokenizer.get_added_vocab().items() if content.strip()}
+        added = {content: token for content, token in tokenizer.added.items() if content.strip()}
         blocks = [(added[first], added[last]) for first, last in _MEDIA_BLOCKS if first in added and last in added]
         return FixedTokens(frozenset(added.values()), tuple(blocks))
 
@@ -47,6 +51,19 @@ class FixedTokens:
                 if input_ids[start] == first and input_ids[stop] == last:
                     found.update(range(start, stop))
         return found
+
+
+def tokens_between(borders: np.ndarray, text: str, span: Span) -> Span | None:
+    """The tokens of a span of characters; None unless it begins and ends where tokens do.
+
+    Args:
+        borders: as `TextTokenizer.borders`.
+    """
+    if span[0] >= span[1]:
+        return (0, 0)
+    edges = [byte_offset(text, character) for character in span]
+    first, stop = np.searchsorted(borders, edges).tolist()
+    return (first, stop) if borders[first] == edges[0] and borders[stop] == edges[1] else None
 
 
 def token_range(encoding: Any, span: Span) -> Span:

@@ -68,9 +68,9 @@ class _Numbers(Datasource):
     tasks Ray Data leaves a process idle for about as long as a segment takes.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, ranges: list[tuple[int, int]]) -> None:
         super().__init__()
-        self._count = count
+        self._ranges = ranges
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
@@ -81,14 +81,14 @@ class _Numbers(Datasource):
                 partial(_numbers, start, stop),
                 BlockMetadata(num_rows=stop - start, size_bytes=8 * (stop - start), input_files=None, exec_stats=None),
             )
-            for start, stop in task_ranges(self._count)
+            for start, stop in self._ranges
         ]
 
 
-def task_ranges(segments: int) -> list[tuple[int, int]]:
-    """Start and stop of each task's segments."""
-    starts = [*range(min(segments, SINGLE_TASKS)), *range(SINGLE_TASKS, segments, SEGMENTS_PER_TASK)]
-    return list(pairwise([*starts, segments]))
+def task_ranges(first: int, segments: int) -> list[tuple[int, int]]:
+    """Start and stop of each task's segments, of the segments from `first` to before `segments`."""
+    single = min(segments, first + SINGLE_TASKS)
+    return list(pairwise([*range(first, single), *range(single, segments, SEGMENTS_PER_TASK), segments]))
 
 
 def _numbers(start: int, stop: int) -> list[pa.Table]:
@@ -109,20 +109,21 @@ class SegmentWork(Protocol):
 
 
 class _DoSegment:
-    """The map step: the number of a segment -> its table. The plan is held by reference, not sent each time."""
+    """The map step: the number of a segment -> its table. What is large is held by reference, not sent each time."""
 
-    def __init__(self, planner: Any, plan: ray.ObjectRef, work: SegmentWork, skip: int) -> None:
+    def __init__(self, planner: Any, plan: ray.ObjectRef, work: ray.ObjectRef, skip: int) -> None:
         self._planner = planner
         self._plan = plan
         self._work = work
         self._skip = skip
 
     def __call__(self, numbers: pa.Table) -> pa.Table:
+        work: SegmentWork = ray.get(self._work)
         return pa.concat_tables(
-            [self._work.schema.empty_table(), *(self._do(n) for n in numbers["number"].to_pylist())]
+            [work.schema.empty_table(), *(self._do(work, n) for n in numbers["number"].to_pylist())]
         )
 
-    def _do(self, number: int) -> pa.Table:
+    def _do(self, work: SegmentWork, number: int) -> pa.Table:
         try:
             segment = ray.get(self._planner.segment.remote(number), timeout=PLANNER_SECONDS)
         except ray.exceptions.GetTimeoutError:
@@ -130,14 +131,14 @@ class _DoSegment:
                 f"a data task waited {PLANNER_SECONDS:g} s for the planner to count the rows of segment {number}"
             ) from None
         if segment is None:
-            return self._work.schema.empty_table()
+            return work.schema.empty_table()
         if isinstance(segment, RequestError):
-            return error_table(segment, self._work.schema)
+            return error_table(segment, work.schema)
         plan: Plan = ray.get(self._plan)
         try:
-            table = self._work(plan, segment)
+            table = work(plan, segment)
         except RequestError as error:
-            return error_table(error, self._work.schema)
+            return error_table(error, work.schema)
         return table.slice(self._skip) if number == 0 else table
 
 
@@ -149,6 +150,7 @@ def build_stream(
     segments: int,
     task_cpus: float,
     concurrency: int,
+    first: pa.Table | None = None,
 ) -> ray.data.Dataset:
     """A lazy Ray Data pipeline of the tables that `work` makes of the segments from `start` on, in order.
 
@@ -156,6 +158,7 @@ def build_stream(
         segments: how many segments to make at most, the first being `start`'s; behind the last there are no rows.
         task_cpus: CPUs that each task reserves; 0 where the workers hold all there are.
         concurrency: tasks at a time.
+        first: the table of the first segment, where it has been made already: it is there before any task has started.
     """
     context = copy.copy(ray.data.DataContext.get_current())
     context.execution_options = copy.copy(context.execution_options)
@@ -165,9 +168,15 @@ def build_stream(
     # One block a task, however large.
     context.target_max_block_size = None
     planner = ray.remote(_Planner).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote(plan, start)
-    do = _DoSegment(planner, ray.put(plan), work, start.row)
+    do = _DoSegment(planner, ray.put(plan), ray.put(work), start.row)
     tasks: dict[str, Any] = {"num_cpus": task_cpus, "compute": ray.data.TaskPoolStrategy(size=concurrency)}
+    ranges = task_ranges(0 if first is None else 1, segments)
     with ray.data.DataContext.current(context):
+        given = [] if first is None else [ray.data.from_arrow(first.slice(start.row))]
+        if not ranges:
+            return given[0]
         # The same resources and concurrency, so that Ray makes one task of the two steps.
-        numbers = ray.data.read_datasource(_Numbers(segments), override_num_blocks=len(task_ranges(segments)), **tasks)
-        return numbers.map_batches(do, batch_size=None, batch_format="pyarrow", **tasks)
+        numbers = ray.data.read_datasource(_Numbers(ranges), override_num_blocks=len(ranges), **tasks)
+        made = numbers.map_batches(do, batch_size=None, batch_format="pyarrow", **tasks)
+        # A union takes a block of each in turn, and there is only one that is given.
+        return given[0].union(made) if given else made

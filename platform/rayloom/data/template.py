@@ -12,15 +12,17 @@ import difflib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jinja2
 
 from rayloom.data.example import Example, Message
-from rayloom.data.spans import FixedTokens, Span, begins_inside_character, token_range
+from rayloom.data.spans import FixedTokens, Span, begins_inside_character, token_range, tokens_between
 from rayloom.data.template_library import known_names, library_template
 from rayloom.errors import RequestError
+from rayloom.models.text_tokenizer import TextTokenizer
 
 _T = TypeVar("_T")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -43,7 +45,7 @@ def resolve_template(template: str, tokenizer: Any, model_path: str) -> str:
             own = own.get("default")
         if not own:
             raise RequestError(f"data.template: auto: {model_path} has no chat template; name a .jinja file instead")
-        return own if _GENERATION.search(own) else _training_version(tokenizer) or own
+        return own if _GENERATION.search(own) else _training_version(tokenizer, own) or own
     named = library_template(template)
     if named is not None:
         return named
@@ -67,7 +69,11 @@ def resolve_template(template: str, tokenizer: Any, model_path: str) -> str:
     return text
 
 
-def _training_version(tokenizer: Any) -> str | None:
+def _training_version(tokenizer: Any, own: str) -> str | None:
+    """TRL's version of a model's own template, which it knows by its text; to import TRL takes seconds."""
+    (folder,) = find_spec("trl").submodule_search_locations  # type: ignore[union-attr, misc]
+    if not any(file.read_text(encoding="utf-8") == own for file in Path(folder, "chat_templates").glob("*.jinja")):
+        return None
     from trl.chat_template_utils import get_training_chat_template
 
     try:
@@ -115,7 +121,7 @@ class Renderer:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: TextTokenizer,
         template: str,
         *,
         train_on_prompt: bool = False,
@@ -128,11 +134,11 @@ class Renderer:
         self._template = template
         self._train_on_prompt = train_on_prompt
         self._mask_history = mask_history
-        self._variables = dict(tokenizer.special_tokens_map)
+        self._variables = dict(tokenizer.special_tokens)
         if enable_thinking is not None:
             self._variables["enable_thinking"] = enable_thinking
         self._marks_answers = bool(_GENERATION.search(template))
-        self._end_of_turn = tuple(tokenizer.get_added_vocab())
+        self._end_of_turn = tuple(tokenizer.added)
         self._fixed = FixedTokens.of(tokenizer)
 
     # --- whole batches ----------------------------------------------------------------------------------------------
@@ -144,22 +150,40 @@ class Renderer:
         say where an answer begins and ends.
         """
         found = [_or_error(self._find, example) for example in examples]
-        encodings = self._tokenize([one if isinstance(one, ValueError) else one[0] for one in found])
-        return [
-            one if isinstance(one, ValueError) else _rendered(encoding, one[1], self._train_on_prompt)
-            for encoding, one in zip(encodings, found, strict=True)
+        good = [one for one in found if not isinstance(one, ValueError)]
+        rendered = [
+            self._by_borders(text, ids, marked)
+            for (text, marked), ids in zip(good, self._tokenizer.ids([text for text, _ in good]), strict=True)
         ]
+        # Where the borders of the tokens do not tell, the tokenizer must be asked for every token's characters.
+        unclear = [number for number, one in enumerate(rendered) if one is None]
+        encodings = self._tokenizer.encodings([good[number][0] for number in unclear])
+        for number, encoding in zip(unclear, encodings, strict=True):
+            rendered[number] = _rendered(encoding, good[number][1], self._train_on_prompt)
+        in_order = iter(rendered)
+        return [one if isinstance(one, ValueError) else next(in_order) for one in found]  # type: ignore[misc]
 
     def render_prompts(self, examples: Sequence[Example]) -> list[list[int] | ValueError]:
         """Token ids of the messages with the generation prompt behind them, from where an answer goes on."""
         texts = [_or_error(self._prompt_text, example) for example in examples]
-        return [one if isinstance(one, ValueError) else one.ids for one in self._tokenize(texts)]
+        ids = iter(self._tokenizer.ids([text for text in texts if isinstance(text, str)]))
+        return [one if isinstance(one, ValueError) else next(ids) for one in texts]
 
-    def _tokenize(self, texts: Sequence[str | ValueError]) -> list[Any]:
-        """A `tokenizers.Encoding` for every text, the error for every error."""
-        good = [text for text in texts if isinstance(text, str)]
-        encodings = iter(self._tokenizer(good, add_special_tokens=False).encodings if good else ())
-        return [text if isinstance(text, ValueError) else next(encodings) for text in texts]
+    def _by_borders(self, text: str, ids: list[int], marked: Sequence[tuple[Span, bool]]) -> Rendered | None:
+        """Ids and mask, if each span that is trained otherwise than the rest begins and ends where a token does."""
+        rest = self._train_on_prompt
+        trained = [rest] * len(ids)
+        borders = None
+        for span, flag in marked:
+            if flag == rest:
+                continue
+            if borders is None:
+                borders = self._tokenizer.borders(text, ids)
+            tokens = None if borders is None else tokens_between(borders, text, span)
+            if tokens is None:
+                return None
+            trained[tokens[0] : tokens[1]] = [flag] * (tokens[1] - tokens[0])
+        return Rendered(ids, trained)
 
     def _prompt_text(self, example: Example) -> str:
         return _some_text(self._text(example.as_dicts(), example, add_generation_prompt=True))
@@ -287,7 +311,7 @@ class Renderer:
         image's), and all that a media block holds. A message whose text the template changes has no part.
         """
         text, marked = self._find(example)
-        encoding = self._tokenize([text])[0]
+        (encoding,) = self._tokenizer.encodings([text])
         fixed = self._fixed.positions(encoding.ids)
         places = self._places(example, text) | self._places(example, text, answers=True)
         ranges = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -67,13 +66,6 @@ def load_tokenizer(path: str) -> Any:
     if not tokenizer.is_fast:
         raise RequestError(f"model.path: {path} has only a slow tokenizer; Rayloom needs a tokenizer.json")
     return tokenizer
-
-
-def tokenizer_fingerprint(path: str) -> str:
-    """A text that changes when the tokens of any text would."""
-    tokenizer = load_tokenizer(path)
-    what = tokenizer.backend_tokenizer.to_str() + repr(sorted(tokenizer.special_tokens_map.items()))
-    return hashlib.sha256(what.encode()).hexdigest()[:16]
 
 
 def pad_token(tokenizer: Any) -> int:

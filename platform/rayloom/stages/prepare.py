@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rayloom.config.job import JobConfig
 from rayloom.data.index import check_rows, make_plan
@@ -13,6 +13,7 @@ from rayloom.data.segment import Encoder, SegmentOptions
 from rayloom.data.store import find_store
 from rayloom.data.template import resolve_template
 from rayloom.models.load import check_model_path, load_tokenizer
+from rayloom.models.text_tokenizer import TokenizerState
 from rayloom.stages.pretrain import PretrainEncoder
 from rayloom.stages.sft import SftEncoder
 
@@ -23,19 +24,33 @@ def prepare_data(job: JobConfig) -> tuple[Plan, Encoder]:
     Raises:
         RequestError: no such model, data that cannot be read or understood, no usable template.
     """
+    return plan_data(job), make_encoder(job)
+
+
+def plan_data(job: JobConfig) -> Plan:
+    """Locate and check the data; a second at most.
+
+    Raises:
+        RequestError: no such model, data that cannot be read or understood.
+    """
     check_model_path(job.model.path)
     plan = make_plan(job.data, seed=job.train.seed, epochs=None if job.train.max_steps else job.train.epochs)
     check_rows(plan, segment_options(job))
+    return plan
+
+
+def make_encoder(job: JobConfig) -> Encoder:
+    """Load the tokenizer, settle the template.
+
+    Raises:
+        RequestError: no tokenizer that can be used, no usable template.
+    """
     tokenizer = load_tokenizer(job.model.path)
-    return plan, _encoder(job, tokenizer)
-
-
-def _encoder(job: JobConfig, tokenizer: Any) -> Encoder:
-    path, data = job.model.path, job.data
+    data, state = job.data, TokenizerState.of(tokenizer)
     if job.stage.type == "pretrain":
-        return PretrainEncoder(path)
-    template = resolve_template(data.template, tokenizer, path)
-    return SftEncoder(path, template, data.train_on_prompt, data.mask_history, data.enable_thinking)
+        return PretrainEncoder(state)
+    template = resolve_template(data.template, tokenizer, job.model.path)
+    return SftEncoder(state, template, data.train_on_prompt, data.mask_history, data.enable_thinking)
 
 
 def prepare_eval(job: JobConfig) -> Plan | None:

@@ -11,30 +11,29 @@ from dataclasses import dataclass
 
 from rayloom.data.encoding import Encoding
 from rayloom.data.example import Example
-from rayloom.models.load import load_tokenizer, tokenizer_fingerprint
+from rayloom.models.text_tokenizer import TokenizerState
 
 
 @dataclass(frozen=True)
 class PretrainEncoder:
-    """Plain text -> ids and labels. Small enough to send to every task."""
+    """Plain text -> ids and labels. Sent to every task; the tokenizer is put together where it is used."""
 
-    model_path: str
+    tokenizer: TokenizerState
     splits: bool = True
 
     def key(self) -> str:
         """Changes with the tokenizer."""
-        return f"pretrain {tokenizer_fingerprint(self.model_path)}"
+        return f"pretrain {self.tokenizer.fingerprint}"
 
     def encode(self, examples: Sequence[Example], cutoff: int) -> list[Encoding]:
         """The tokens of each text, however long; what begins a sequence for the tokenizer is kept and not learnt."""
-        tokenizer = load_tokenizer(self.model_path)
         texts = [example.text for example in examples]
         known = [text for text in texts if text is not None]
-        ids = iter(tokenizer(known).input_ids if known else [])
+        ids = iter(self.tokenizer.load().ids(known, add_special_tokens=True))
         return [
             Encoding([], [], 0, "holds a conversation, not plain text (`text`), which is what stage pretrain learns")
             if text is None
-            else _ended(next(ids), tokenizer.eos_token_id)
+            else _ended(next(ids), self.tokenizer.eos_token_id)
             for text in texts
         ]
 

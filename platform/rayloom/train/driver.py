@@ -17,6 +17,8 @@ from importlib.metadata import version
 from statistics import median
 from typing import Any
 
+import pyarrow as pa
+
 from rayloom import __version__
 from rayloom.config.job import JobConfig
 from rayloom.data.plan import Plan, Position
@@ -25,7 +27,7 @@ from rayloom.data.segment import Encoder, EncodeSegment, SegmentOptions
 from rayloom.data.walk import Walk
 from rayloom.errors import JobError, RequestError
 from rayloom.models.precision import choose_precision, computes_bf16
-from rayloom.stages.prepare import prepare_data, prepare_eval, segment_options, with_stores
+from rayloom.stages.prepare import make_encoder, plan_data, prepare_eval, segment_options, with_stores
 from rayloom.train.launch import Work, ray_trainer
 from rayloom.train.ray_session import prepare_environment, ray_session
 from rayloom.train.report import Reporter, mean_loss, plot_loss
@@ -49,17 +51,19 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
     phases = {"start": started}
     prepare_environment()
     run = check_run_dir(job)
-    plan, encoder = prepare_data(job)
+    plan = plan_data(job)
     eval_plan = prepare_eval(job)
     if job.resume:
         check_data(run, plan.fingerprints)
     if job.train.device == "cpu":
         choose_precision(job.train.precision, "cpu", bf16=computes_bf16("cpu"))
-    options = with_stores(job, plan, encoder, segment_options(job))
-    rows_per_segment = _rows_in_first_segment(job, plan, encoder, options)
-    phases["checks"] = time.time()
 
-    with Reporter() as reporter, ray_session(verbose=verbose) as own_cluster:
+    with Reporter() as reporter, ray_session(verbose=verbose) as ray_starts:
+        encoder = make_encoder(job)  # while Ray starts: each takes some seconds
+        options = with_stores(job, plan, encoder, segment_options(job))
+        first = _first_segment(job, plan, encoder, options)
+        phases["checks"] = time.time()
+        own_cluster = ray_starts.wait()
         from rayloom.train.resources import plan_resources, require_resources
 
         phases["ray"] = time.time()
@@ -68,7 +72,7 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
         require_resources(job.train, resources, wait=not own_cluster)
         run = open_run_dir(job, run)
         run.data_file.write_text(json.dumps(plan.fingerprints, indent=2) + "\n")
-        work = Work(job, run, plan, eval_plan, encoder, options, rows_per_segment, resources, _SEGMENTS_AT_ONCE)
+        work = Work(job, run, plan, eval_plan, encoder, options, first, resources, _SEGMENTS_AT_ONCE)
         reporter.say(f"{job.name}: {_describe(work)}")
         for data_set, store in zip(plan.sets, options.stores, strict=True):
             if store:
@@ -214,12 +218,13 @@ class _Signals:
         self._ask(signal.Signals(number).name)
 
 
-def _rows_in_first_segment(job: JobConfig, plan: Plan, encoder: Encoder, options: SegmentOptions) -> int:
-    """Make the first segment here: the cheapest proof that the data can be trained on, and a measure of its density."""
+def _first_segment(job: JobConfig, plan: Plan, encoder: Encoder, options: SegmentOptions) -> pa.Table:
+    """Make the first segment here: the cheapest proof that the data can be trained on, and what the training begins
+    with while the data tasks start."""
     segment, _ = Walk(plan).step(Position())
     table = EncodeSegment(encoder, options)(plan, segment)
     if any(len(ids) for ids in table["input_ids"]):
-        return table.num_rows
+        return table
     counts = table["counts"][0].as_py()
     reasons = {name: sum(counts[i :: len(COUNTERS)]) for i, name in enumerate(COUNTERS)}
     said = ", ".join(f"{number} {name}" for name, number in reasons.items() if number)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from rayloom.config.job import JobConfig
 from rayloom.data.plan import Plan, Position
 from rayloom.data.segment import Encoder, EncodeSegment, SegmentOptions
@@ -30,8 +32,8 @@ class Work:
     """The stream that is evaluated on, if any."""
     encoder: Encoder
     options: SegmentOptions
-    rows_per_segment: int
-    """Token rows in the stream's first segment: a measure of how dense the data is."""
+    first: pa.Table
+    """The token rows of the stream's first segment; their number measures how dense the data is."""
     resources: Resources
     segments_at_once: int
     """Most segments of one execution of the pipeline: Ray Data lists all its tasks up front."""
@@ -47,7 +49,7 @@ class Work:
         if left is None:
             train = self.job.train
             rows = (train.max_steps or 0) * train.workers * train.batch_size * train.gradient_accumulation
-            left = rows // self.rows_per_segment
+            left = rows // self.first.num_rows
         return min(2 + 5 * left // 4, self.segments_at_once)
 
     def eval_segments(self) -> int:
@@ -87,6 +89,7 @@ def ray_trainer(work: Work, monitor: Any) -> Any:
             segments=work.segments(start),
             task_cpus=resources.task_cpus,
             concurrency=resources.task_concurrency,
+            first=work.first if start == Position() else None,
         )
 
     def eval_stream() -> ray.data.Dataset:
