@@ -12,7 +12,8 @@ from rayloom.data.plan import Plan
 from rayloom.data.segment import Encoder, SegmentOptions
 from rayloom.data.store import find_store
 from rayloom.data.template import resolve_template
-from rayloom.models.load import check_model_path, load_tokenizer
+from rayloom.models.source import check_model_path
+from rayloom.models.tokenizer import TokenizerSource, load_tokenizer
 from rayloom.stages.pretrain import PretrainEncoder
 from rayloom.stages.sft import SftEncoder
 
@@ -23,19 +24,19 @@ def prepare_data(job: JobConfig) -> tuple[Plan, Encoder]:
     Raises:
         RequestError: no such model, data that cannot be read or understood, no usable template.
     """
-    check_model_path(job.model.path)
+    check_model_path(job.model)
     plan = make_plan(job.data, seed=job.train.seed, epochs=None if job.train.max_steps else job.train.epochs)
     check_rows(plan, segment_options(job))
-    tokenizer = load_tokenizer(job.model.path)
+    tokenizer = load_tokenizer(TokenizerSource.of(job.model))
     return plan, _encoder(job, tokenizer)
 
 
 def _encoder(job: JobConfig, tokenizer: Any) -> Encoder:
-    path, data = job.model.path, job.data
+    source, data = TokenizerSource.of(job.model), job.data
     if job.stage.type == "pretrain":
-        return PretrainEncoder(path)
-    template = resolve_template(data.template, tokenizer, path)
-    return SftEncoder(path, template, data.train_on_prompt, data.mask_history, data.enable_thinking)
+        return PretrainEncoder(source)
+    template = resolve_template(data.template, tokenizer, job.model.path)
+    return SftEncoder(source, template, data.train_on_prompt, data.mask_history, data.enable_thinking)
 
 
 def prepare_eval(job: JobConfig) -> Plan | None:

@@ -11,23 +11,23 @@ from dataclasses import dataclass
 
 from rayloom.data.encoding import Encoding
 from rayloom.data.example import Example
-from rayloom.models.load import load_tokenizer, tokenizer_fingerprint
+from rayloom.models.tokenizer import TokenizerSource, load_tokenizer, tokenizer_fingerprint
 
 
 @dataclass(frozen=True)
 class PretrainEncoder:
     """Plain text -> ids and labels. Small enough to send to every task."""
 
-    model_path: str
+    tokenizer: TokenizerSource | str
     splits: bool = True
 
     def key(self) -> str:
         """Changes with the tokenizer."""
-        return f"pretrain {tokenizer_fingerprint(self.model_path)}"
+        return f"pretrain {tokenizer_fingerprint(self.tokenizer)}"
 
     def encode(self, examples: Sequence[Example], cutoff: int) -> list[Encoding]:
         """The tokens of each text, however long; what begins a sequence for the tokenizer is kept and not learnt."""
-        tokenizer = load_tokenizer(self.model_path)
+        tokenizer = load_tokenizer(self.tokenizer)
         texts = [example.text for example in examples]
         known = [text for text in texts if text is not None]
         ids = iter(tokenizer(known).input_ids if known else [])

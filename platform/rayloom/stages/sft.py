@@ -10,14 +10,14 @@ from rayloom.data.encode import encode_conversations
 from rayloom.data.encoding import Encoding
 from rayloom.data.example import Example
 from rayloom.data.template import Renderer
-from rayloom.models.load import load_tokenizer, tokenizer_fingerprint
+from rayloom.models.tokenizer import TokenizerSource, load_tokenizer, tokenizer_fingerprint
 
 
 @dataclass(frozen=True)
 class SftEncoder:
     """Conversation -> ids and labels. Small enough to send to every task: the tokenizer is loaded where it is used."""
 
-    model_folder: str
+    tokenizer: TokenizerSource | str
     template: str
     train_on_prompt: bool = False
     """Train every token, not only the answers."""
@@ -34,7 +34,7 @@ class SftEncoder:
     def key(self) -> str:
         """Changes with the tokenizer, the template and what is trained."""
         rule = (self.template, self.train_on_prompt, self.mask_history, self.enable_thinking)
-        return f"sft {tokenizer_fingerprint(self.model_folder)} {hashlib.sha256(repr(rule).encode()).hexdigest()}"
+        return f"sft {tokenizer_fingerprint(self.tokenizer)} {hashlib.sha256(repr(rule).encode()).hexdigest()}"
 
     def encode(self, examples: Sequence[Example], cutoff: int) -> list[Encoding]:
         """At most `cutoff` ids of each example, and labels, which are `IGNORED` where nothing is trained.
@@ -42,7 +42,7 @@ class SftEncoder:
         An example that is no conversation, or that the template refuses, has a `fault`.
         """
         renderer = Renderer(
-            load_tokenizer(self.model_folder),
+            load_tokenizer(self.tokenizer),
             self.template,
             train_on_prompt=self.train_on_prompt,
             mask_history=self.mask_history,

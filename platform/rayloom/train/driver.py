@@ -24,6 +24,7 @@ from rayloom.data.rows import COUNTERS, CUT, DROP_REASONS, HELD_OUT, TOKENS_CUT
 from rayloom.data.segment import Encoder, EncodeSegment, SegmentOptions
 from rayloom.data.walk import Walk
 from rayloom.errors import JobError, RequestError
+from rayloom.models.check import check_model
 from rayloom.models.precision import choose_precision, computes_bf16
 from rayloom.stages.prepare import prepare_data, prepare_eval, segment_options, with_stores
 from rayloom.train.launch import Work, ray_trainer
@@ -53,6 +54,7 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
     eval_plan = prepare_eval(job)
     if job.resume:
         check_data(run, plan.fingerprints)
+    _check_model(job, job.train.device)
     if job.train.device == "cpu":
         choose_precision(job.train.precision, "cpu", bf16=computes_bf16("cpu"))
     options = with_stores(job, plan, encoder, segment_options(job))
@@ -65,6 +67,7 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
         phases["ray"] = time.time()
         resources = plan_resources(job.train)
         choose_precision(job.train.precision, resources.device, bf16=resources.device == "gpu" or computes_bf16("cpu"))
+        _check_model(job, resources.device)
         require_resources(job.train, resources, wait=not own_cluster)
         run = open_run_dir(job, run)
         run.data_file.write_text(json.dumps(plan.fingerprints, indent=2) + "\n")
@@ -74,6 +77,11 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
             if store:
                 reporter.say(f"{data_set.name}: prepared tokens are read from {store}")
         return _Execution(work, reporter, phases).run()
+
+
+def _check_model(job: JobConfig, device: str) -> None:
+    known = None if device == "auto" else device
+    check_model(job.model, cutoff=job.data.cutoff, device=known, zero3=job.train.deepspeed == "zero3")
 
 
 class _Execution:
