@@ -19,7 +19,7 @@ from rayloom.models.config import ModelConfig
 from rayloom.models.experts import mark_expert_blocks, use_router_loss
 from rayloom.models.kernels import apply_liger, load_unsloth
 from rayloom.models.parts import freeze_parts
-from rayloom.models.quantization import Quantized, loading_options, quantize_loaded, quantized_as
+from rayloom.models.quantization import Quantized, loading_options, quantized_as, settle
 from rayloom.models.rope import scale_rope
 from rayloom.models.shifted_attention import use_shifted_attention
 from rayloom.models.source import as_model, model_folder
@@ -58,8 +58,8 @@ def load_causal_lm(
         loaded = _weights(model, architecture, quantized, dtype, cutoff)
     except (OSError, ValueError, ImportError) as error:
         raise RequestError(f"model.path: no model can be loaded from {model.path}: {first_line(error)}") from None
-    if model.quantization and model.quantization.type == "hqq":
-        quantize_loaded(loaded, model.quantization, dtype)
+    if quantized is not None:
+        settle(loaded, model, quantized, dtype)
     if tokenizer is not None:
         grow_vocabulary(loaded, tokenizer, model, seed=seed)
     if architecture.is_composite:

@@ -155,7 +155,28 @@ def loading_options(model: ModelConfig, quantized: Quantized | None, dtype: torc
     return options
 
 
-def quantize_loaded(model: Any, settings: QuantizationConfig, dtype: torch.dtype) -> None:
+def settle(model: Any, settings: ModelConfig, quantized: Quantized, dtype: torch.dtype) -> None:
+    """What is left to do once the weights are loaded.
+
+    Args:
+        dtype: what is computed in; de-quantized weights are brought to it.
+    """
+    if quantized.dequantized:
+        model.to(dtype)
+        # What undid the quantization would be undone again when the model is saved, with scales for all weights.
+        del model._weight_conversions
+    elif quantized.method == "hqq":
+        assert settings.quantization is not None  # hqq's own checkpoints are not known
+        _quantize_with_hqq(model, settings.quantization, dtype)
+    else:
+        # bitsandbytes 0.50 repacks 4-bit weights in evaluation, on CPUs with AVX512-BF16, and leaves them so when
+        # training goes on, though its kernel for them has no backward pass: gradients would be lost without a word.
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+
+
+def _quantize_with_hqq(model: Any, settings: QuantizationConfig, dtype: torch.dtype) -> None:
     """Quantize every linear layer of a loaded model but the output head with hqq (https://mobiusml.github.io/hqq_blog/).
 
     transformers 5 knows an `HqqConfig` and refuses it ("not available yet"), so the layers are replaced here; PEFT puts

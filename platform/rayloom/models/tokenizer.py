@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -46,7 +45,6 @@ def load_tokenizer(source: TokenizerSource | str) -> Any:
 
 @lru_cache(maxsize=4)
 def _load(source: TokenizerSource) -> Any:
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns on every CPU that its GPU kernels do not load
     from transformers import AutoTokenizer
 
     path = source.path

@@ -25,6 +25,7 @@ from rayloom.methods.attach import attach_method
 from rayloom.models.load import load_causal_lm
 from rayloom.models.precision import Precision, cast_trained, choose_precision, computes_bf16, computing_dtype
 from rayloom.models.tokenizer import TokenizerSource, load_tokenizer, pad_token
+from rayloom.models.vocabulary import added_token_ids
 from rayloom.train.deepspeed import deepspeed_config, engine_of
 from rayloom.train.meter import StreamMeter
 from rayloom.train.monitor import answer
@@ -104,7 +105,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
             seed=job.train.seed,
             batches_per_step=job.train.workers * job.train.gradient_accumulation,
         )
-        model = attach_method(base, job.method)
+        model = attach_method(base, job.method, added_token_ids(tokenizer, job.model))
         if job.train.deepspeed == "none":
             cast_trained(model, precision)
         if job.train.activation_checkpointing:
