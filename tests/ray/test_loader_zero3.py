@@ -41,7 +41,7 @@ model = ModelConfig(path=path, **settings)
 loaded = load_causal_lm(model, torch.float32, tokenizer=load_tokenizer(TokenizerSource.of(model)), seed=7)
 wanted = load_file(folder / "wanted.safetensors")
 parameters = dict(loaded.named_parameters())
-assert parameters["model.embed_tokens.weight"].numel() == 0
+assert parameters["model.layers.0.mlp.up_proj.weight"].numel() == 0  # grown embeddings: sharded by the engine
 for name, parameter in parameters.items():
     with GatheredParameters([parameter]):
         torch.testing.assert_close(parameter.detach(), wanted[name], msg=name)
