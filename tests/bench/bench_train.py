@@ -103,8 +103,9 @@ def bare(steps: int) -> Steps:
     from rayloom.data.segment import EncodeSegment
     from rayloom.data.walk import Walk
     from rayloom.methods.attach import attach_method
-    from rayloom.models.load import load_causal_lm, load_tokenizer, pad_token
+    from rayloom.models.load import load_causal_lm
     from rayloom.models.precision import choose_precision, computes_bf16
+    from rayloom.models.tokenizer import load_tokenizer, pad_token
     from rayloom.stages.prepare import prepare_data, segment_options
 
     file, *overrides = arguments(steps, "runs")

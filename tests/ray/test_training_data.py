@@ -12,7 +12,7 @@ from tests.ray.small_jobs import job, write_rows
 
 from rayloom.data.measure import SetStatistics
 from rayloom.errors import RequestError
-from rayloom.models.load import load_tokenizer
+from rayloom.models.tokenizer import load_tokenizer
 from rayloom.train.preparation import prepare
 from rayloom.train.statistics import draw, measure, show
 

@@ -10,7 +10,7 @@ import pytest
 from tests.job_text import JOB
 from tests.tiny_model import make_tiny_model
 
-from rayloom.models.load import load_tokenizer
+from rayloom.models.tokenizer import load_tokenizer
 
 # Derandomized: a red run is red again. To search further: `--hypothesis-profile=search`.
 hypothesis.settings.register_profile("rayloom", deadline=None, max_examples=60, derandomize=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from types import SimpleNamespace
 
 import pytest
 
 from rayloom.errors import RequestError
-from rayloom.models.load import check_model_path, load_tokenizer, model_folder, pad_token
+from rayloom.models.config import ModelConfig
+from rayloom.models.source import check_model_path, model_folder
+from rayloom.models.tokenizer import load_tokenizer, pad_token
 
 
 @pytest.fixture
@@ -51,9 +54,43 @@ def test_a_folder_that_lacks_something(model, patterns, missing):
     assert refusal(model) == f"model.path: the folder {model} has {missing}"
 
 
-def test_weights_may_be_pickled_or_in_shards(model):
+def test_pickled_weights_must_be_allowed(model):
     (model / "model.safetensors").rename(model / "pytorch_model-00001-of-00001.bin")
-    check_model_path(str(model))
+    assert refusal(model).startswith(
+        f"model.path: the weights of {model} are a pickle (pytorch_model-00001-of-00001.bin), which can run code"
+    )
+    check_model_path(ModelConfig(path=str(model), allow_pickle=True))
+    check_model_path(ModelConfig(path=str(model), train_from_scratch=True))
+
+
+def test_a_shard_that_is_not_there(model):
+    shards = {f"w{number}": f"model-{number}.safetensors" for number in range(5)}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    assert refusal(model) == (
+        f"model.path: {model} lacks 5 of its 5 weight files: model-0.safetensors, model-1.safetensors, "
+        "model-2.safetensors and 2 more"
+    )
+    (model / "model.safetensors.index.json").write_text("[]")
+    assert f"{model}: model.safetensors.index.json is no index of weights" in refusal(model)
+
+
+def test_a_config_that_is_not_json(model):
+    (model / "config.json").write_text("{")
+    assert refusal(model).startswith(f"model.path: {model}/config.json is not JSON")
+    (model / "config.json").write_text("[]")
+    assert refusal(model) == f"model.path: {model}/config.json holds no JSON object"
+
+
+def test_an_adapter_is_no_model(model):
+    for file in model.glob("*"):
+        file.unlink()
+    (model / "adapter_config.json").write_text("{}")
+    assert refusal(model).startswith(f"model.path: the folder {model} has an adapter (adapter_config.json), but no con")
+
+
+def test_weights_need_not_be_there_to_train_from_scratch(model):
+    (model / "model.safetensors").unlink()
+    check_model_path(ModelConfig(path=str(model), train_from_scratch=True))
 
 
 @pytest.mark.parametrize("path", ["/nowhere", "./nowhere", "../nowhere", "~/nowhere", "a/b/c", "a b", "a/", "-x"])

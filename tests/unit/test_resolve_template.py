@@ -30,7 +30,13 @@ def test_auto_is_the_models_own(tokenizer):
 def test_auto_without_a_template_of_the_model(own):
     with pytest.raises(RequestError) as refused:
         resolve_template("auto", Bare(own), "m")
-    assert refused.value.messages == ("data.template: auto: m has no chat template; name a .jinja file instead",)
+    assert refused.value.messages == (
+        "data.template: auto: m has no chat template; name one that `rayloom templates` lists, or a .jinja file",
+    )
+
+
+def test_auto_of_a_known_family_without_a_template_of_the_model():
+    assert resolve_template("auto", Bare(None), "meta-llama/Llama-2-7b-hf") == library_template("llama2")
 
 
 def test_a_file_is_read_as_it_is(tokenizer, tmp_path, monkeypatch):

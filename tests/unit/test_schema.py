@@ -32,6 +32,11 @@ def job(**parts: Any) -> dict[str, Any]:
         (job(train={"learning_rate": 1e-4, "max_steps": None}), True),
         (job(method={"type": "full", "rank": 4}), False),
         (job(method={"type": "bitfit"}), False),
+        (job(model={"path": "m", "quantization": "nf4"}), True),
+        (job(model={"path": "m", "quantization": {"type": "hqq", "bits": 2}}), True),
+        (job(model={"path": "m", "quantization": None}), True),
+        (job(model={"path": "m", "quantization": "nf5"}), False),
+        (job(model={"path": "m", "quantization": {"bits": 2}}), False),
         (job(train={"epochs": 0}), False),
         (job(train={"deepspeed": "zero4"}), False),
         (job(trian={}), False),
@@ -63,6 +68,7 @@ def test_schema_names_its_dialect_and_explains_every_key() -> None:
 def test_every_key_of_the_models_is_listed() -> None:
     names = {key.name for section in job_reference() for key in section.keys}
     assert {"name", "model.path", "method.rank", "data.train", "data.train[].weight", "train.deepspeed"} <= names
+    assert {"model.quantization.type", "model.quantization.bits"} <= names
     assert {f"train.{name}" for name in JobConfig.model_fields["train"].annotation.model_fields} <= names
 
 
@@ -121,6 +127,6 @@ def test_shown_keys_are_coloured_on_a_terminal_and_plain_elsewhere() -> None:
     show_keys(
         find_keys("train.precision"), Console(file=terminal, width=80, force_terminal=True, color_system="standard")
     )
-    assert "`auto`, `bf16`, `fp16` or `fp32`; default `auto`" in plain.getvalue()
+    assert "`auto`, `bf16`, `fp16`, `fp32` or `pure_bf16`; default `auto`" in plain.getvalue()
     assert "`" not in terminal.getvalue()
     assert "\x1b[36mauto\x1b[0m" in terminal.getvalue()

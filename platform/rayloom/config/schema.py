@@ -110,7 +110,9 @@ def _sections(schema: JsonSchema, name: str, variant: str, definitions: JsonSche
         inner += below
         meaning = part.get("description") or below[0][2]["description"]
         default = "" if key in required else _value(part["default"])
-        keys.append(Key(full, _type(part), "see below" if below and default else default, meaning))
+        keys.append(
+            Key(full, _type(part), "see below" if below and default not in ("", "`null`") else default, meaning)
+        )
     yield Section(name, variant, schema["description"], tuple(keys))
     for full, tag, part in inner:
         yield from _sections(part, full, tag, definitions)
@@ -118,6 +120,8 @@ def _sections(schema: JsonSchema, name: str, variant: str, definitions: JsonSche
 
 def _parts(schema: JsonSchema) -> list[tuple[str, str]]:
     """The definitions that a value of `schema` may be, each with its tag; an only one has none."""
+    if "anyOf" in schema:
+        return [part for option in schema["anyOf"] for part in _parts(option)]
     return [("", _definition(schema))] if "$ref" in schema else _variants(schema)
 
 

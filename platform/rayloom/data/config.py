@@ -69,7 +69,7 @@ class DataConfig(ConfigPart):
     """What to do with a row that cannot be read, does not fit its format, or is refused by the template: end the job
     with a message that names it, or leave it out and count it in `result.json`."""
     template: str = "auto"
-    """Chat template: `auto` (the model's own), a name of the library, or the path of a `.jinja` file."""
+    """Chat template: `auto` (the model's own, else its family's), a name of the library, or a `.jinja` file's path."""
     enable_thinking: bool | None = None
     """For templates of reasoning models: with thoughts, without, or (left out) as the template does by itself."""
     train_on_prompt: bool = False

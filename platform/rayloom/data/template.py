@@ -22,6 +22,7 @@ from rayloom.data.example import Example, Message
 from rayloom.data.spans import FixedTokens, Span, begins_inside_character, token_range, tokens_between
 from rayloom.data.template_library import known_names, library_template
 from rayloom.errors import RequestError
+from rayloom.models.families import family_of
 from rayloom.models.text_tokenizer import TextTokenizer
 
 _T = TypeVar("_T")
@@ -34,7 +35,7 @@ def resolve_template(template: str, tokenizer: Any, model_path: str) -> str:
     """The Jinja text for the job's `data.template`: `auto`, a name of the library, or the path of a `.jinja` file.
 
     `auto` is the model's own template, or TRL's training version of it, where TRL is installed and has one: that marks
-    the answers, and renders earlier turns as they were learnt.
+    the answers, and renders earlier turns as they were learnt. A model without a template has its family's.
 
     Raises:
         RequestError: a model without its own template, an unknown name, a file that is not there, or no template in it.
@@ -44,7 +45,7 @@ def resolve_template(template: str, tokenizer: Any, model_path: str) -> str:
         if isinstance(own, dict):
             own = own.get("default")
         if not own:
-            raise RequestError(f"data.template: auto: {model_path} has no chat template; name a .jinja file instead")
+            return _family_template(model_path)
         return own if _GENERATION.search(own) else _training_version(tokenizer, own) or own
     named = library_template(template)
     if named is not None:
@@ -67,6 +68,18 @@ def resolve_template(template: str, tokenizer: Any, model_path: str) -> str:
     except Exception as error:  # a template may do whatever Python can: divide by zero, add text to nothing
         raise RequestError(f"{template}: the template does not render a plain conversation: {error}") from None
     return text
+
+
+def _family_template(model_path: str) -> str:
+    """The library's template for the family that the model's name belongs to."""
+    family = family_of(model_path)
+    named = library_template(family.template) if family and family.template else None
+    if named is None:
+        raise RequestError(
+            f"data.template: auto: {model_path} has no chat template; name one that `rayloom templates` lists, "
+            "or a .jinja file"
+        )
+    return named
 
 
 def _training_version(tokenizer: Any, own: str) -> str | None:

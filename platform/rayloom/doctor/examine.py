@@ -17,8 +17,8 @@ from rayloom.doctor.machine import check_cpu, check_gpu, check_memory, check_sha
 from rayloom.doctor.software import check_compiler, check_optional_packages, check_packages, check_python
 from rayloom.doctor.storage import check_model_cache, check_run_directories, check_temporary_files
 from rayloom.errors import RequestError
-from rayloom.models.load import check_model_path
 from rayloom.models.precision import choose_precision, computes_bf16
+from rayloom.models.source import check_model_path
 
 _STYLES: dict[State, str] = {"ok": "green", "warn": "yellow", "bad": "bold red"}
 
@@ -89,7 +89,7 @@ def show_findings(findings: Sequence[Finding], console: Console) -> None:
 def _job(job: JobConfig) -> Iterator[Finding]:
     faults: list[str] = []
     try:
-        check_model_path(job.model.path)
+        check_model_path(job.model)
     except RequestError as error:
         faults += error.messages
     for data_set in job.data.train:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rayloom.errors import RequestError
 from rayloom.methods.config import FullConfig, LoraConfig
+from rayloom.models.parts import linear_layers
 
 
-def attach_method(model: Any, method: LoraConfig | FullConfig) -> Any:
+def attach_method(model: Any, method: LoraConfig | FullConfig, new_tokens: Sequence[int] = ()) -> Any:
     """The model as the method trains it: `full` as it is, `lora` wrapped by PEFT with only adapters trainable.
+
+    Args:
+        new_tokens: ids of added tokens, whose rows train beside the adapters.
 
     Raises:
         RequestError: a target that names no module of the model.
@@ -18,13 +23,16 @@ def attach_method(model: Any, method: LoraConfig | FullConfig) -> Any:
         return model
     import peft
 
+    from rayloom.models.vocabulary import vocabulary_modules
+
     alpha: Any = 2 * method.rank if method.alpha is None else method.alpha
     config = peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM,
         r=method.rank,
         lora_alpha=alpha,
         lora_dropout=method.dropout,
-        target_modules="all-linear" if method.target == "all" else method.target,
+        target_modules=linear_layers(model) if method.target == "all" else method.target,
+        trainable_token_indices={name: list(new_tokens) for name in vocabulary_modules(model)} if new_tokens else None,
     )
     try:
         return peft.get_peft_model(model, config)

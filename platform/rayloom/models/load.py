@@ -1,96 +1,144 @@
-"""`model.path` -> a folder, a tokenizer, weights."""
+"""`model` of the job file -> weights, in memory, as the job asks for them.
+
+    config.json -> class, positions -> tensors checked -> weights -> vocabulary -> what may train -> kernels
+
+What `rayloom.models.check` can refuse it has refused before; what needs the model's class or the files' headers is
+refused here, before the weights are read.
+"""
 
 from __future__ import annotations
 
-import re
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from rayloom.errors import RequestError
-from rayloom.models.wheel import SCHEME, check_wheel_path, wheel_folder
-
-_HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-
-
-def check_model_path(path: str) -> None:
-    """Refuse what cannot be a model, without loading anything.
-
-    Raises:
-        RequestError: a folder that is missing or has no config, tokenizer or weights; an unknown package.
-    """
-    if path.startswith(SCHEME):
-        check_wheel_path(path)
-        return
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        missing = [
-            what
-            for what, patterns in (
-                ("config.json", ("config.json",)),
-                ("weights (*.safetensors)", _WEIGHTS),
-                ("tokenizer (tokenizer_config.json)", ("tokenizer_config.json", "tokenizer.json")),
-            )
-            if not any(any(folder.glob(pattern)) for pattern in patterns)
-        ]
-        if missing:
-            raise RequestError(f"model.path: the folder {path} has no {', no '.join(missing)}")
-        return
-    looks_like_path = path.startswith((".", "/", "~")) or path.count("/") > 1 or folder.exists()
-    if looks_like_path or not _HUB_NAME.match(path):
-        raise RequestError(f"model.path: no such model folder: {path}")
+from rayloom.models.architecture import Architecture, read_architecture
+from rayloom.models.attention import attention_implementation, check_shifted_attention, group_size
+from rayloom.models.checkpoint import Differences, check_differences, compare, tensor_shapes
+from rayloom.models.config import ModelConfig
+from rayloom.models.experts import mark_expert_blocks, use_router_loss
+from rayloom.models.kernels import apply_liger, load_unsloth
+from rayloom.models.parts import freeze_parts
+from rayloom.models.quantization import Quantized, loading_options, quantized_as, settle
+from rayloom.models.rope import scale_rope
+from rayloom.models.shifted_attention import use_shifted_attention
+from rayloom.models.source import as_model, model_folder
+from rayloom.models.tokenizer import first_line
+from rayloom.models.vocabulary import grow_vocabulary
 
 
-def model_folder(path: str) -> str:
-    """What `from_pretrained` takes for `model.path`: a folder, or the hub name as it is."""
-    if path.startswith(SCHEME):
-        return str(wheel_folder(path))
-    folder = Path(path).expanduser()
-    return str(folder.absolute()) if folder.is_dir() else path
-
-
-@lru_cache(maxsize=4)
-def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a model, shared within the process: nobody changes it.
-
-    Raises:
-        RequestError: none can be loaded, or it is not a fast one (whose character offsets the loss mask needs).
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_folder(path))
-    except (OSError, ValueError) as error:
-        raise RequestError(f"model.path: no tokenizer can be loaded from {path}: {_first_line(error)}") from None
-    if not tokenizer.is_fast:
-        raise RequestError(f"model.path: {path} has only a slow tokenizer; Rayloom needs a tokenizer.json")
-    return tokenizer
-
-
-def pad_token(tokenizer: Any) -> int:
-    """A token for the padding, which nothing attends to: the tokenizer's own, else its end of sequence, else 0."""
-    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if candidate is not None:
-            return int(candidate)
-    return 0
-
-
-def load_causal_lm(path: str, dtype: Any) -> Any:
+def load_causal_lm(
+    model: ModelConfig | str,
+    dtype: Any,
+    *,
+    tokenizer: Any = None,
+    cutoff: int | None = None,
+    seed: int = 0,
+    batches_per_step: int = 1,
+) -> Any:
     """A causal language model in `dtype`, without a KV cache (packed rows are kept apart only without one).
 
+    Args:
+        model: the job's `model`; a path alone loads that model as it is.
+        dtype: `torch.dtype` of the weights; quantized ones compute in it.
+        tokenizer: with the added tokens; None: the vocabulary stays as it is.
+        cutoff: longest row, in tokens, for `rope_scaling` and `shifted_attention`; None: neither.
+        seed: of new tokens' rows.
+        batches_per_step: of all workers in one optimizer step, for the router's loss.
+
     Raises:
-        RequestError: no such model, or not a causal language model.
+        RequestError: no such model, not a causal language model, or a checkpoint that is not the model's.
     """
-    from transformers import AutoModelForCausalLM
-
+    model = as_model(model)
+    architecture = read_architecture(model)
+    quantized = quantized_as(model, architecture)
+    if model.rope_scaling and cutoff:
+        scale_rope(architecture, model.rope_scaling, cutoff)
     try:
-        model = AutoModelForCausalLM.from_pretrained(model_folder(path), dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise RequestError(f"model.path: no model can be loaded from {path}: {_first_line(error)}") from None
-    model.config.use_cache = False
-    return model
+        loaded = _weights(model, architecture, quantized, dtype, cutoff)
+    except (OSError, ValueError, ImportError) as error:
+        raise RequestError(f"model.path: no model can be loaded from {model.path}: {first_line(error)}") from None
+    if quantized is not None:
+        settle(loaded, model, quantized, dtype)
+    if tokenizer is not None:
+        grow_vocabulary(loaded, tokenizer, model, seed=seed)
+    if architecture.is_composite:
+        freeze_parts(loaded)
+    if model.moe_aux_loss is not None:
+        use_router_loss(loaded, model.moe_aux_loss, batches_per_step=batches_per_step)
+    if _is_zero3():
+        mark_expert_blocks(loaded)
+    if model.kernels == "liger":
+        apply_liger(loaded)
+    if model.shifted_attention and cutoff:
+        use_shifted_attention(loaded, group_size(cutoff))
+    for config in (loaded.config, loaded.config.get_text_config(decoder=True)):
+        config.use_cache = False
+    return loaded
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _weights(
+    model: ModelConfig, architecture: Architecture, quantized: Quantized | None, dtype: Any, cutoff: int | None
+) -> Any:
+    import transformers
+
+    source = model_folder(model.path)
+    if model.kernels == "unsloth":
+        return load_unsloth(
+            source,
+            length=cutoff,
+            dtype=dtype,
+            four_bits=quantized is not None and quantized.method in ("nf4", "fp4"),
+            trust_remote_code=model.trust_remote_code,
+        )
+    auto = getattr(transformers, architecture.auto_class)
+    known = auto._model_mapping.get(type(architecture.config), None)  # None: it comes with the model
+    if known is not None and not isinstance(known, tuple):
+        if model.shifted_attention:
+            check_shifted_attention(known, architecture.config)
+        if Path(source).is_dir() and not model.train_from_scratch and not (quantized and quantized.in_checkpoint):
+            _check_tensors(model, known, architecture.config, Path(source))
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "trust_remote_code": model.trust_remote_code,
+        "attn_implementation": attention_implementation(model),
+    }
+    if model.train_from_scratch:
+        if hasattr(architecture.config, "quantization_config"):
+            del architecture.config.quantization_config
+        return auto.from_config(architecture.config, **options)
+    loaded, info = auto.from_pretrained(
+        source,
+        config=architecture.config,
+        revision=model.revision or "main",
+        use_safetensors=None if model.allow_pickle else True,
+        output_loading_info=True,
+        **options,
+        **loading_options(model, quantized, dtype),
+    )
+    mismatched = (str(key[0]) for key in info["mismatched_keys"])
+    check_differences(
+        model,
+        Differences(
+            tuple(sorted(info["missing_keys"])), tuple(sorted(info["unexpected_keys"])), tuple(sorted(mismatched))
+        ),
+    )
+    return loaded
+
+
+def _check_tensors(model: ModelConfig, model_class: Any, config: Any, folder: Path) -> None:
+    """Compare the checkpoint's headers with the model on no device, where they are safetensors."""
+    import torch
+    from transformers import initialization
+
+    if not any(folder.glob("model*.safetensors")):
+        return
+    with torch.device("meta"), initialization.meta_device_safe_creation_ops():
+        empty = model_class(config)
+    check_differences(model, compare(empty, tensor_shapes(folder)))
+
+
+def _is_zero3() -> bool:
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    return bool(is_deepspeed_zero3_enabled())

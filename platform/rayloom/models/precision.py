@@ -1,12 +1,16 @@
-"""Which number format a model computes in."""
+"""Which number format a model computes in, and which one its weights stand in.
+
+Mixed precision: the forward pass computes in 16 bits, weights that train stand in fp32 (under DeepSpeed its engine
+holds these), weights that do not train stand in 16 bits. `pure_bf16`: weights, gradients and optimizer states in bf16.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from rayloom.errors import RequestError
 
-Precision = Literal["bf16", "fp16", "fp32"]
+Precision = Literal["bf16", "fp16", "fp32", "pure_bf16"]
 
 
 def computes_bf16(device: str) -> bool:
@@ -32,11 +36,35 @@ def choose_precision(requested: str, device: str, *, bf16: bool) -> Precision:
         if bf16:
             return "bf16"
         return "fp16" if device == "gpu" else "fp32"
-    if requested == "bf16" and not bf16:
+    if requested in ("bf16", "pure_bf16") and not bf16:
         other = "fp16 or fp32" if device == "gpu" else "fp32"
-        raise RequestError(f"train.precision: bf16: this {device.upper()} has no bf16 arithmetic; use {other}, or auto")
+        raise RequestError(
+            f"train.precision: {requested}: this {device.upper()} has no bf16 arithmetic; use {other}, or auto"
+        )
     if requested == "fp16" and device == "cpu":
         raise RequestError("train.precision: fp16 needs a GPU; on CPU use bf16, fp32 or auto")
-    if requested not in ("bf16", "fp16", "fp32"):
+    if requested not in ("bf16", "fp16", "fp32", "pure_bf16"):
         raise ValueError(f"unknown precision {requested!r}")
     return requested  # type: ignore[return-value]
+
+
+def computing_dtype(precision: Precision) -> Any:
+    """The `torch.dtype` that matrix products are computed in."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "pure_bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[
+        precision
+    ]
+
+
+def cast_trained(model: Any, precision: Precision) -> None:
+    """Put the weights that train into the format that they are updated in: bf16 under `pure_bf16`, else fp32.
+
+    Not under DeepSpeed, which keeps its own fp32 copy of what trains.
+    """
+    import torch
+
+    dtype = torch.bfloat16 if precision == "pure_bf16" else torch.float32
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)

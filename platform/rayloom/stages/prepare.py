@@ -12,8 +12,9 @@ from rayloom.data.plan import Plan
 from rayloom.data.segment import Encoder, SegmentOptions
 from rayloom.data.store import find_store
 from rayloom.data.template import resolve_template
-from rayloom.models.load import check_model_path, load_tokenizer
+from rayloom.models.source import check_model_path
 from rayloom.models.text_tokenizer import TokenizerState
+from rayloom.models.tokenizer import TokenizerSource, load_tokenizer
 from rayloom.stages.pretrain import PretrainEncoder
 from rayloom.stages.sft import SftEncoder
 
@@ -33,7 +34,7 @@ def plan_data(job: JobConfig) -> Plan:
     Raises:
         RequestError: no such model, data that cannot be read or understood.
     """
-    check_model_path(job.model.path)
+    check_model_path(job.model)
     plan = make_plan(job.data, seed=job.train.seed, epochs=None if job.train.max_steps else job.train.epochs)
     check_rows(plan, segment_options(job))
     return plan
@@ -45,7 +46,7 @@ def make_encoder(job: JobConfig) -> Encoder:
     Raises:
         RequestError: no tokenizer that can be used, no usable template.
     """
-    tokenizer = load_tokenizer(job.model.path)
+    tokenizer = load_tokenizer(TokenizerSource.of(job.model))
     data, state = job.data, TokenizerState.of(tokenizer)
     if job.stage.type == "pretrain":
         return PretrainEncoder(state)

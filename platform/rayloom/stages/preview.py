@@ -16,7 +16,7 @@ from rayloom.config.job import JobConfig
 from rayloom.data.plan import Plan
 from rayloom.data.rows import Encoded, row_name
 from rayloom.data.sample import Measured, Sample, histogram, measure_lengths, take_sample
-from rayloom.models.load import load_tokenizer
+from rayloom.models.tokenizer import TokenizerSource, load_tokenizer
 from rayloom.stages.prepare import prepare_data, segment_options
 
 _WIDTH, _BAR, _NAME = 110, 48, 24
@@ -34,7 +34,7 @@ def preview(job: JobConfig, rows: int, console: Console) -> None:
         plan, encoder = prepare_data(job)
         sample = take_sample(plan, encoder, segment_options(job), first=rows)
     if sample.first:
-        _show_examples(sample.first, plan, load_tokenizer(job.model.path), job.data.cutoff, console)
+        _show_examples(sample.first, plan, load_tokenizer(TokenizerSource.of(job.model)), job.data.cutoff, console)
     about = "" if plan.is_exact else "about "
     measured = f"the first {len(sample.examples):,} of {about}{plan.estimated_epoch_length:,} examples of an epoch"
     if sample.is_whole:

@@ -38,8 +38,9 @@ class TrainConfig(ConfigPart):
     """Optimizer steps to make, whatever `epochs` says; the stream goes on into further epochs as needed."""
     deepspeed: Literal["none", "zero1", "zero2", "zero3"] = "none"
     """What DeepSpeed shards over the workers: `zero1` optimizer state, `zero2` also gradients, `zero3` also weights."""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """What the model computes in. `auto`: bf16 where the device computes it, else fp16 on a GPU, else fp32."""
+    precision: Literal["auto", "bf16", "fp16", "fp32", "pure_bf16"] = "auto"
+    """What the model computes in. `auto`: bf16 where the device computes it, else fp16 on a GPU, else fp32. In bf16 and
+    fp16 the weights that train stand in fp32; in `pure_bf16` these, their gradients and the optimizer are bf16 too."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     logging_steps: Whole = Field(default=10, ge=1)
@@ -61,4 +62,8 @@ class TrainConfig(ConfigPart):
     def _precision_fits_device(self) -> TrainConfig:
         if self.precision == "fp16" and self.device == "cpu":
             raise ValueError("precision fp16 needs a GPU; on CPU use bf16, fp32 or auto")
+        if self.precision == "pure_bf16" and self.deepspeed != "none":
+            raise ValueError(
+                f"precision pure_bf16: DeepSpeed ({self.deepspeed}) trains copies in fp32; use bf16, or deepspeed none"
+            )
         return self

@@ -26,6 +26,7 @@ from rayloom.data.rows import COUNTERS, CUT, DROP_REASONS, HELD_OUT, TOKENS_CUT
 from rayloom.data.segment import Encoder, EncodeSegment, SegmentOptions
 from rayloom.data.walk import Walk
 from rayloom.errors import JobError, RequestError
+from rayloom.models.check import check_model
 from rayloom.models.precision import choose_precision, computes_bf16
 from rayloom.stages.prepare import make_encoder, plan_data, prepare_eval, segment_options, with_stores
 from rayloom.train.launch import Work, ray_trainer
@@ -59,7 +60,9 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
         choose_precision(job.train.precision, "cpu", bf16=computes_bf16("cpu"))
 
     with Reporter() as reporter, ray_session(verbose=verbose) as ray_starts:
-        encoder = make_encoder(job)  # while Ray starts: each takes some seconds
+        # While Ray starts: each takes some seconds.
+        _check_model(job, job.train.device)
+        encoder = make_encoder(job)
         options = with_stores(job, plan, encoder, segment_options(job))
         first = _first_segment(job, plan, encoder, options)
         phases["checks"] = time.time()
@@ -69,6 +72,7 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
         phases["ray"] = time.time()
         resources = plan_resources(job.train)
         choose_precision(job.train.precision, resources.device, bf16=resources.device == "gpu" or computes_bf16("cpu"))
+        _check_model(job, resources.device)
         require_resources(job.train, resources, wait=not own_cluster)
         run = open_run_dir(job, run)
         run.data_file.write_text(json.dumps(plan.fingerprints, indent=2) + "\n")
@@ -78,6 +82,11 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
             if store:
                 reporter.say(f"{data_set.name}: prepared tokens are read from {store}")
         return _Execution(work, reporter, phases).run()
+
+
+def _check_model(job: JobConfig, device: str) -> None:
+    known = None if device == "auto" else device
+    check_model(job.model, cutoff=job.data.cutoff, device=known, zero3=job.train.deepspeed == "zero3")
 
 
 class _Execution:

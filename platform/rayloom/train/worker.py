@@ -22,15 +22,16 @@ import transformers
 from rayloom.config.job import JobConfig
 from rayloom.errors import RequestError
 from rayloom.methods.attach import attach_method
-from rayloom.models.load import load_causal_lm, load_tokenizer, pad_token
-from rayloom.models.precision import Precision, choose_precision, computes_bf16
+from rayloom.models.load import load_causal_lm
+from rayloom.models.precision import Precision, cast_trained, choose_precision, computes_bf16, computing_dtype
+from rayloom.models.tokenizer import TokenizerSource, load_tokenizer, pad_token
+from rayloom.models.vocabulary import added_token_ids
 from rayloom.train.deepspeed import deepspeed_config, engine_of
 from rayloom.train.kernels import load_cpu_kernels
 from rayloom.train.meter import StreamMeter
 from rayloom.train.monitor import answer
 from rayloom.train.trainer import StreamTrainer
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _ENDLESS = 2**31
 
 
@@ -102,8 +103,18 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rayloom-worker-")))
         # The arguments come before the model: under ZeRO-3 they make `from_pretrained` load it in shards.
         arguments = _arguments(job, device, precision, scratch)
-        tokenizer = load_tokenizer(job.model.path)
-        model = attach_method(load_causal_lm(job.model.path, _weight_dtype(job, precision)), job.method)
+        tokenizer = load_tokenizer(TokenizerSource.of(job.model))
+        base = load_causal_lm(
+            job.model,
+            _weight_dtype(job, precision),
+            tokenizer=tokenizer,
+            cutoff=job.data.cutoff,
+            seed=job.train.seed,
+            batches_per_step=job.train.workers * job.train.gradient_accumulation,
+        )
+        model = attach_method(base, job.method, added_token_ids(tokenizer, job.model))
+        if job.train.deepspeed == "none":
+            cast_trained(model, precision)
         if job.train.activation_checkpointing:
             model.enable_input_require_grads()
         phase("model")
@@ -185,9 +196,11 @@ def _arguments(job: JobConfig, device: str, precision: Precision, scratch: Path)
 
 
 def _weight_dtype(job: JobConfig, precision: Precision) -> torch.dtype:
-    """Frozen weights stand in the precision that computes; weights that train under autocast stand in fp32."""
+    """What the weights are loaded in: in fp32 where all of them train under autocast, so that no digit is lost."""
     frozen = job.method.type != "full"
-    return _DTYPES[precision] if frozen or job.train.deepspeed != "none" else torch.float32
+    if frozen or precision == "pure_bf16" or job.train.deepspeed != "none":
+        return computing_dtype(precision)
+    return torch.float32
 
 
 def _own_cores() -> int:

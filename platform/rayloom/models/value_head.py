@@ -1,0 +1,93 @@
+"""A head that gives every position a value: for reward models and the critic of PPO.
+
+One format: `value_head.safetensors` with `v_head.summary.weight` (1, width) and `v_head.summary.bias` (1,) in float32,
+the names that TRL and LlamaFactory gave it, so that their heads load here and ours load there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rayloom.errors import RequestError
+
+FILE = "value_head.safetensors"
+_PREFIX = "v_head.summary."
+
+
+class ValueHead(torch.nn.Module):
+    """(batch, length, width) hidden states -> (batch, length) values, in float32 whatever the model computes in."""
+
+    def __init__(self, width: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dropout = torch.nn.Dropout(dropout)
+        self.summary = torch.nn.Linear(width, 1, dtype=torch.float32)
+        torch.nn.init.normal_(self.summary.weight, std=1 / (width + 1) ** 0.5)  # InstructGPT's reward heads
+        torch.nn.init.zeros_(self.summary.bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            states = self.dropout(hidden_states.to(self.summary.weight.dtype))
+            return self.summary(states).squeeze(-1).float()
+
+
+def value_head_for(model: Any) -> ValueHead:
+    """A new head for a language model, whose hidden states' width it takes."""
+    return ValueHead(int(model.config.get_text_config(decoder=True).hidden_size))
+
+
+def save_value_head(head: ValueHead, folder: Path, *, is_writer: bool = True) -> None:
+    """Write the head into `folder`. Every rank must call it where ZeRO-3 shards the head; the writer writes."""
+    from safetensors.torch import save_file
+
+    with _gathered(head, modify=False):
+        tensors = {
+            f"{_PREFIX}{name}": tensor.detach().to("cpu", torch.float32, copy=True)
+            for name, tensor in head.summary.named_parameters()
+        }
+    if is_writer:
+        save_file(tensors, folder / FILE, metadata={"format": "pt"})
+
+
+def load_value_head(head: ValueHead, folder: Path) -> None:
+    """Read into `head` what `save_value_head` wrote, also where ZeRO-3 shards it.
+
+    Raises:
+        RequestError: no such file, it holds something else, or it is for a model of another width.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = folder / FILE
+    try:
+        tensors = load_file(file)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise RequestError(f"{file}: no value head can be read: {error}") from None
+    with _gathered(head, modify=True):
+        for name, parameter in head.summary.named_parameters():
+            tensor = tensors.pop(f"{_PREFIX}{name}", None)
+            if tensor is None:
+                raise RequestError(f"{file}: holds no {_PREFIX}{name}")
+            whole = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            if tuple(tensor.shape) != whole:
+                raise RequestError(
+                    f"{file}: {_PREFIX}{name} has the shape {tuple(tensor.shape)}, the model needs {whole}"
+                )
+            if parameter.shape == tensor.shape:
+                parameter.data.copy_(tensor)
+    if tensors:
+        raise RequestError(f"{file}: holds {sorted(tensors)[0]}, which is no part of a value head")
+
+
+def _gathered(head: ValueHead, *, modify: bool) -> Any:
+    """The head's whole weights, where ZeRO-3 has given every rank a shard."""
+    from contextlib import nullcontext
+
+    parameters = list(head.summary.parameters())
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None)
