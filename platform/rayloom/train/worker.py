@@ -22,6 +22,8 @@ import transformers
 from rayloom.config.job import JobConfig
 from rayloom.errors import RequestError
 from rayloom.methods.attach import attach_method
+from rayloom.methods.optimizers.build import optim_name
+from rayloom.methods.optimizers.support import check_precision
 from rayloom.models.load import load_causal_lm, load_tokenizer, pad_token
 from rayloom.models.precision import Precision, choose_precision, computes_bf16
 from rayloom.train.deepspeed import deepspeed_config, engine_of
@@ -89,6 +91,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
     if device == "cpu":
         torch.set_num_threads(_own_cores())
     precision = choose_precision(job.train.precision, device, bf16=computes_bf16(device))
+    check_precision(job.optimizer, precision)
     transformers.set_seed(job.train.seed)
 
     with ExitStack() as stack:
@@ -106,8 +109,10 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
         if checkpoint is not None:
             folder = stack.enter_context(checkpoint.as_directory())
             meter, _ = StreamMeter.load(Path(folder))
+        trained = sum(_size(p) for p in model.parameters() if p.requires_grad)  # BAdam changes what trains
         trainer = StreamTrainer(
             model=model,
+            optimizer_config=job.optimizer,
             args=arguments,
             processing_class=tokenizer,
             callbacks=[_Milestones(phase, job.train.eval_steps, eval_shard is not None)],
@@ -143,7 +148,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
         "precision": precision,
         "engine": engine_of(trainer.model_wrapped),
         "parameters": {
-            "trained": sum(_size(p) for p in model.parameters() if p.requires_grad),
+            "trained": trained,
             "all": sum(_size(p) for p in model.parameters()),
         },
     }
@@ -160,7 +165,9 @@ def _arguments(job: JobConfig, device: str, precision: Precision, scratch: Path)
         gradient_checkpointing_kwargs={"use_reentrant": False},
         learning_rate=train.learning_rate,
         weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
+        max_grad_norm=train.max_grad_norm or 0.0,  # 0: none
+        optim=optim_name(job.optimizer),
+        neftune_noise_alpha=job.stage.neftune,
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         use_cpu=device == "cpu",
@@ -173,7 +180,7 @@ def _arguments(job: JobConfig, device: str, precision: Precision, scratch: Path)
         seed=train.seed,
         report_to=[],
         disable_tqdm=True,
-        ddp_find_unused_parameters=False,
+        ddp_find_unused_parameters=job.optimizer.type == "badam",  # its layers take turns
     )
 
 
