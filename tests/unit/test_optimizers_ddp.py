@@ -1,4 +1,4 @@
-"""Two workers in two processes: the same weights on both, bit for bit, and those that one with their mean gradient has."""
+"""Two workers in two processes: the same weights on both, bit for bit, and those of one with their mean gradient."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ def _worker(rank: int, folder: str) -> None:
     for case in WORKS:
         model = small_model()
         optimizer = optimizer_of(case, model)
-        is_badam = isinstance(optimizer, BAdam)
-        wrapped = DistributedDataParallel(model, find_unused_parameters=is_badam)
+        wrapped = DistributedDataParallel(model, find_unused_parameters=case == "badam")
         if isinstance(optimizer, BAdam):
             optimizer.begin()
         for step in range(STEPS):

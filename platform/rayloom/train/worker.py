@@ -180,7 +180,7 @@ def _arguments(job: JobConfig, device: str, precision: Precision, scratch: Path)
         seed=train.seed,
         report_to=[],
         disable_tqdm=True,
-        ddp_find_unused_parameters=job.optimizer.type == "badam",  # its layers take turns
+        ddp_find_unused_parameters=getattr(job.optimizer, "mode", None) == "layer",  # BAdam's layers take turns
     )
 
 
