@@ -63,7 +63,8 @@ def main() -> None:
 
 def measure(case: dict[str, Any]) -> dict[str, float]:
     """Train for some steps; bytes of the peak, the optimizer's state and the weights, and how many weights train."""
-    import peft  # noqa: F401  imported before the base line, with what it imports
+    import bitsandbytes  # noqa: F401
+    import peft  # noqa: F401  before the base line, with what it imports
     import torch
     import transformers
     from pydantic import TypeAdapter

@@ -42,7 +42,15 @@ def _worker(rank: int, folder: str) -> None:
 
     import deepspeed
 
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu"}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+        "DS_ACCELERATOR": "cpu",
+    }
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{folder}/kernels")  # a lock left behind by others stops nobody
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)

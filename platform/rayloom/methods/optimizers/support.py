@@ -92,14 +92,19 @@ SUPPORT: dict[str, Support] = {
     "paged_ademamix_32bit": _PAGED,
     "paged_ademamix_8bit": _PAGED,
     "sgd": _ANYWHERE,
-    "adagrad": _ANYWHERE,
+    "adagrad": Support(
+        deepspeed=(),
+        deepspeed_reason="DeepSpeed makes it anew with one group of weights for what decays and what does not",
+    ),
     "rmsprop": _ANYWHERE,
     "rmsprop_bnb": _BITSANDBYTES,
     "rmsprop_bnb_8bit": _BITSANDBYTES,
     "rmsprop_bnb_32bit": _BITSANDBYTES,
     "lomo": _LOMO,
     "adalomo": _LOMO,
-    "grokadamw": Support(broken="its package keeps the state outside of its state_dict, so no checkpoint has it"),
+    "grokadamw": Support(
+        deepspeed=(), broken="its package keeps the state outside of its state_dict, so no checkpoint has it"
+    ),
     "schedule_free_adamw": _SCHEDULE_FREE,
     "schedule_free_radam": _SCHEDULE_FREE,
     "schedule_free_sgd": _SCHEDULE_FREE,
