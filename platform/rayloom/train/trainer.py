@@ -95,6 +95,7 @@ class StreamTrainer(transformers.Trainer):
         self.meter = meter
         self._settings = settings
         self._optimizer_config = optimizer_config
+        self.trained: list[torch.nn.Parameter] = []  # by the method and the optimizer; BAdam's at any time
         self._schedule: ProgressSchedule | None = None
         self._monitor = monitor
         self._pad_token = pad_token
@@ -217,6 +218,7 @@ class StreamTrainer(transformers.Trainer):
             if self.optimizer is None:
                 self.optimizer_cls_and_kwargs = library_class(config, self.args, model)
                 super().create_optimizer(model)
+            self.trained = [weight for weight in model.parameters() if weight.requires_grad]
             if isinstance(self.optimizer, BAdam):
                 self.add_callback(_WhenWrapped(self.optimizer.begin))
         return self.optimizer

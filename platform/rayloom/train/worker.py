@@ -109,7 +109,6 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
         if checkpoint is not None:
             folder = stack.enter_context(checkpoint.as_directory())
             meter, _ = StreamMeter.load(Path(folder))
-        trained = sum(_size(p) for p in model.parameters() if p.requires_grad)  # BAdam changes what trains
         trainer = StreamTrainer(
             model=model,
             optimizer_config=job.optimizer,
@@ -148,7 +147,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
         "precision": precision,
         "engine": engine_of(trainer.model_wrapped),
         "parameters": {
-            "trained": trained,
+            "trained": sum(_size(p) for p in trainer.trained),
             "all": sum(_size(p) for p in model.parameters()),
         },
     }
