@@ -3,7 +3,7 @@
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-ray test-slow test-tokenizers bench bench-data lint format clean
+.PHONY: help setup demo test test-unit test-ray test-slow test-tokenizers bench bench-data bench-memory lint format clean
 # Checks go from quick to slow, and two test runs at once would starve each other.
 .NOTPARALLEL:
 
@@ -32,6 +32,9 @@ test-tokenizers: setup ## chat templates and cuts with ten real tokenizers (down
 
 bench: setup ## measure training speed on this machine
 	$(RUN) .venv/bin/python tests/bench/bench_train.py
+
+bench-memory: setup ## measure the memory of each memory-saving technique (needs bitsandbytes for two rows)
+	$(RUN) .venv/bin/python tests/bench/bench_memory.py
 
 bench-data: setup ## measure the data stream on this machine (makes a 3 GB file in the temporary folder)
 	$(RUN) .venv/bin/python tests/bench/bench_data.py

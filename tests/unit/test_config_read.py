@@ -144,7 +144,7 @@ def test_missing_file_folder_and_binary(tmp_path):
 
 # --- what is refused ------------------------------------------------------------------------------------------------
 
-TOP = "name, output_dir, resume, overwrite, model, method, data, stage, train"
+TOP = "name, output_dir, resume, overwrite, model, method, data, stage, train, optimizer"
 
 
 @pytest.mark.parametrize(

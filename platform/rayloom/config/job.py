@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from rayloom.config.part import ConfigPart
 from rayloom.data.config import DataConfig
 from rayloom.methods.config import LoraConfig, MethodConfig
+from rayloom.methods.optimizers.config import AdamWConfig, OptimizerConfig, refusals
 from rayloom.models.config import ModelConfig
 from rayloom.stages.config import StageConfig
 from rayloom.train.config import TrainConfig
@@ -32,11 +33,24 @@ class JobConfig(ConfigPart):
     data: DataConfig
     stage: StageConfig = StageConfig()
     train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = AdamWConfig()
+    """What turns gradients into steps, told by its `type`; `train` has the learning rate and the weight decay."""
 
     @field_validator("method", mode="before")
     @classmethod
     def _lora_unless_said(cls, value: Any) -> Any:
         return {"type": "lora", **value} if isinstance(value, dict) else value
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _adamw_unless_said(cls, value: Any) -> Any:
+        return {"type": AdamWConfig().type, **value} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _optimizer_fits(self) -> JobConfig:
+        if faults := refusals(self.optimizer, self.train, self.method):
+            raise ValueError("; ".join(f"optimizer.type: {fault}" for fault in faults))
+        return self
 
     @property
     def run_dir(self) -> Path:

@@ -220,7 +220,7 @@ def _models_at(location: Location, data: Any) -> Iterator[type[BaseModel]]:
             annotation = next((m.model_fields[step].annotation for m in models if step in m.model_fields), Any)
     models = list(_models_in(annotation))
     tag = data.get("type") if isinstance(data, dict) else None
-    tagged = [m for m in models if "type" in m.model_fields and m.model_fields["type"].default == tag]
+    tagged = [m for m in models if "type" in m.model_fields and tag in get_args(m.model_fields["type"].annotation)]
     yield from tagged or models
 
 

@@ -83,7 +83,7 @@ def _full_schema() -> JsonSchema:
     sets["items"] = {"anyOf": [{"type": "string", "minLength": 1}, sets["items"]]}
     for part in schema["properties"].values():
         for tag, name in _variants(part):
-            if tag != part.get("default", {}).get("type"):  # without a type it is the default's
+            if part.get("default", {}).get("type") not in tag.split(", "):  # without a type it is the default's
                 definitions[name]["required"] = ["type", *definitions[name].get("required", [])]
     return {"$schema": DIALECT, "title": "Rayloom job", **schema}
 
@@ -126,10 +126,12 @@ def _parts(schema: JsonSchema) -> list[tuple[str, str]]:
 
 
 def _variants(schema: JsonSchema) -> list[tuple[str, str]]:
-    """(type, definition) of each mapping that a tagged union offers, in the union's order."""
+    """(its types, definition) of each mapping that a tagged union offers, in the union's order."""
     mapping = schema.get("discriminator", {}).get("mapping", {})
-    tags = {reference: tag for tag, reference in mapping.items()}
-    return [(tags[option["$ref"]], _definition(option)) for option in schema.get("oneOf", []) if mapping]
+    tags: dict[str, list[str]] = {}
+    for tag, reference in mapping.items():
+        tags.setdefault(reference, []).append(tag)
+    return [(", ".join(tags[option["$ref"]]), _definition(option)) for option in schema.get("oneOf", []) if mapping]
 
 
 def _definition(schema: JsonSchema) -> str:

@@ -29,9 +29,9 @@ class TrainConfig(ConfigPart):
     warmup: Number = Field(default=0.03, ge=0, lt=1)
     """Share of the training over which the learning rate rises from 0; 0 to below 1."""
     weight_decay: Number = Field(default=0.0, ge=0)
-    """AdamW's decoupled weight decay."""
-    max_grad_norm: Number = Field(default=1.0, gt=0)
-    """Gradients are scaled down to this global L2 norm; above 0."""
+    """Weight decay, decoupled from the gradient where the optimizer decouples it (AdamW); not on norms and biases."""
+    max_grad_norm: Number | None = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this global L2 norm; above 0. `null`: they are left as they are."""
     epochs: Whole = Field(default=1, ge=1)
     """Passes over the mixed stream; at least 1."""
     max_steps: Whole | None = Field(default=None, ge=1)

@@ -20,11 +20,12 @@ def deepspeed_config(train: TrainConfig, precision: Precision) -> dict[str, Any]
     return {
         "train_micro_batch_size_per_gpu": train.batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation,
-        "gradient_clipping": train.max_grad_norm,
+        "gradient_clipping": train.max_grad_norm or 0.0,  # 0: none
         "bf16": {"enabled": precision == "bf16"},
         "fp16": {"enabled": precision == "fp16"},
         "zero_optimization": zero,
-        # Keep torch's AdamW: DeepSpeed's own CPU Adam would be compiled, and is for offloading only.
+        # Keep the job's optimizer: DeepSpeed's own CPU Adam would be compiled, and is for offloading only. Which ones
+        # work is in `methods/optimizers/support.py`; DeepSpeed has tested but a few.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
     }

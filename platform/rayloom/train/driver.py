@@ -26,6 +26,7 @@ from rayloom.data.rows import COUNTERS, CUT, DROP_REASONS, HELD_OUT, TOKENS_CUT
 from rayloom.data.segment import Encoder, EncodeSegment, SegmentOptions
 from rayloom.data.walk import Walk
 from rayloom.errors import JobError, RequestError
+from rayloom.methods.optimizers.support import check_environment
 from rayloom.models.check import check_model
 from rayloom.models.precision import choose_precision, computes_bf16
 from rayloom.stages.prepare import make_encoder, plan_data, prepare_eval, segment_options, with_stores
@@ -52,6 +53,7 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
     phases = {"start": started}
     prepare_environment()
     run = check_run_dir(job)
+    check_environment(job.optimizer, job.train.device)
     plan = plan_data(job)
     eval_plan = prepare_eval(job)
     if job.resume:
@@ -73,6 +75,7 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
         resources = plan_resources(job.train)
         choose_precision(job.train.precision, resources.device, bf16=resources.device == "gpu" or computes_bf16("cpu"))
         _check_model(job, resources.device)
+        check_environment(job.optimizer, resources.device)
         require_resources(job.train, resources, wait=not own_cluster)
         run = open_run_dir(job, run)
         run.data_file.write_text(json.dumps(plan.fingerprints, indent=2) + "\n")

@@ -5,6 +5,7 @@ What is overridden, and why:
 - gathering a step's batches: one collective call counts the tokens that all ranks train (the loss is averaged over
   them), finds the position after the step, and carries the wish to stop;
 - the learning rate: a function of how much of the training is done, so it needs no step total and no state;
+- the optimizer: from the job's `optimizer` part; transformers makes those that it knows;
 - saving: every rank reports its own files to Ray Train, with the stream's position.
 """
 
@@ -24,6 +25,8 @@ import torch
 import transformers
 
 from rayloom.data.rows import row_name
+from rayloom.methods.optimizers.badam import BAdam
+from rayloom.methods.optimizers.build import Setting, library_class, lora_plus, make_optimizer
 from rayloom.train.batch import Batch, TrainedPositions, make_batch
 from rayloom.train.config import TrainConfig
 from rayloom.train.evaluate import evaluate
@@ -41,10 +44,10 @@ class ProgressSchedule:
         self._rate = 0.0
 
     def set(self, factor: float) -> None:
-        """Set every parameter group to `factor` (0 to 1) of the peak rate."""
+        """Set every parameter group to `factor` (0 to 1) of the peak rate, times its own `lr_ratio` (LoRA+)."""
         self._rate = self._peak * factor
         for group in self._optimizer.param_groups:
-            group["lr"] = self._rate
+            group["lr"] = self._rate * group.get("lr_ratio", 1.0)
 
     def get_last_lr(self) -> list[float]:
         return [self._rate]
@@ -59,6 +62,16 @@ class ProgressSchedule:
         """Nothing to load."""
 
 
+class _WhenWrapped(transformers.TrainerCallback):
+    """Calls what must wait until the model is wrapped for training and the checkpoint is loaded."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call = call
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._call()
+
+
 class StreamTrainer(transformers.Trainer):
     """One trainer for every stage that learns from token rows."""
 
@@ -68,6 +81,7 @@ class StreamTrainer(transformers.Trainer):
         tables: Iterable[pa.Table],
         meter: StreamMeter,
         settings: TrainConfig,
+        optimizer_config: Any,
         monitor: Any,
         pad_token: int,
         manifest: bool,
@@ -80,6 +94,8 @@ class StreamTrainer(transformers.Trainer):
         self._tables = tables
         self.meter = meter
         self._settings = settings
+        self._optimizer_config = optimizer_config
+        self.trained: list[torch.nn.Parameter] = []  # by the method and the optimizer; BAdam's at any time
         self._schedule: ProgressSchedule | None = None
         self._monitor = monitor
         self._pad_token = pad_token
@@ -170,6 +186,7 @@ class StreamTrainer(transformers.Trainer):
         if self._evaluated is not None and self._evaluated[0] == self.state.global_step:
             return self._evaluated[1]  # the last step's evaluation is the training's
         started = time.perf_counter()
+        self._use_averages()
         metrics = evaluate(
             self.model_wrapped,
             self._eval_tables,
@@ -186,6 +203,37 @@ class StreamTrainer(transformers.Trainer):
             self._log_clock = (then + time.perf_counter() - started, tokens)
         self._evaluated = (self.state.global_step, metrics)
         return metrics
+
+    # --- optimizer ---------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The optimizer of the job, over what trains."""
+        if self.optimizer is None:
+            model, config = model or self.model, self._optimizer_config
+            decayed = self.get_decay_parameter_names(model)
+            setting = Setting(model, self.args.learning_rate, self.args.weight_decay, decayed, self.args.seed)
+            self.optimizer = make_optimizer(config, setting)
+            if self.optimizer is None and getattr(config, "lora_plus_ratio", None) is not None:
+                self.optimizer = lora_plus(config, self.args, model)
+            if self.optimizer is None:
+                self.optimizer_cls_and_kwargs = library_class(config, self.args, model)
+                super().create_optimizer(model)
+            self.trained = [weight for weight in model.parameters() if weight.requires_grad]
+            if isinstance(self.optimizer, BAdam):
+                self.add_callback(_WhenWrapped(self.optimizer.begin))
+        return self.optimizer
+
+    def _use_averages(self) -> None:
+        """Schedule-free optimizers train at other weights than those to use; the next step changes back."""
+        if self._optimizer_config.type.startswith("schedule_free"):
+            optimizer: Any = self.optimizer
+            optimizer.eval()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model: for use, or, when transformers calls it, as a part of a checkpoint."""
+        if not _internal_call:
+            self._use_averages()
+        super().save_model(output_dir, _internal_call)
 
     # --- learning rate, metrics, checkpoints -------------------------------------------------------------------------
 

@@ -22,6 +22,8 @@ import transformers
 from rayloom.config.job import JobConfig
 from rayloom.errors import RequestError
 from rayloom.methods.attach import attach_method
+from rayloom.methods.optimizers.build import optim_name
+from rayloom.methods.optimizers.support import check_precision
 from rayloom.models.load import load_causal_lm
 from rayloom.models.precision import Precision, cast_trained, choose_precision, computes_bf16, computing_dtype
 from rayloom.models.tokenizer import TokenizerSource, load_tokenizer, pad_token
@@ -97,6 +99,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
         if job.train.deepspeed != "none":
             load_cpu_kernels(say)
     precision = choose_precision(job.train.precision, device, bf16=computes_bf16(device))
+    check_precision(job.optimizer, precision)
     transformers.set_seed(job.train.seed)
 
     with ExitStack() as stack:
@@ -126,6 +129,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
             meter, _ = StreamMeter.load(Path(folder))
         trainer = StreamTrainer(
             model=model,
+            optimizer_config=job.optimizer,
             args=arguments,
             processing_class=tokenizer,
             callbacks=[_Milestones(phase, job.train.eval_steps, eval_shard is not None)],
@@ -161,7 +165,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
         "precision": precision,
         "engine": engine_of(trainer.model_wrapped),
         "parameters": {
-            "trained": sum(_size(p) for p in model.parameters() if p.requires_grad),
+            "trained": sum(_size(p) for p in trainer.trained),
             "all": sum(_size(p) for p in model.parameters()),
         },
     }
@@ -178,7 +182,9 @@ def _arguments(job: JobConfig, device: str, precision: Precision, scratch: Path)
         gradient_checkpointing_kwargs={"use_reentrant": False},
         learning_rate=train.learning_rate,
         weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
+        max_grad_norm=train.max_grad_norm or 0.0,  # 0: none
+        optim=optim_name(job.optimizer),
+        neftune_noise_alpha=job.stage.neftune,
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         use_cpu=device == "cpu",
@@ -191,7 +197,7 @@ def _arguments(job: JobConfig, device: str, precision: Precision, scratch: Path)
         seed=train.seed,
         report_to=[],
         disable_tqdm=True,
-        ddp_find_unused_parameters=False,
+        ddp_find_unused_parameters=getattr(job.optimizer, "mode", None) == "layer",  # BAdam's layers take turns
     )
 
 

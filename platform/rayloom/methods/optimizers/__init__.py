@@ -1,0 +1,1 @@
+"""Optimizers: transformers' own by their names, and those that see matrices or blocks of layers."""
