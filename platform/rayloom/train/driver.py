@@ -8,6 +8,7 @@ Everything that can be refused is refused before the run directory is made.
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import signal
 import threading
@@ -24,6 +25,7 @@ from rayloom.data.rows import COUNTERS, CUT, DROP_REASONS, HELD_OUT, TOKENS_CUT
 from rayloom.data.segment import Encoder, EncodeSegment, SegmentOptions
 from rayloom.data.walk import Walk
 from rayloom.errors import JobError, RequestError
+from rayloom.methods.rules import check_combination
 from rayloom.models.precision import choose_precision, computes_bf16
 from rayloom.stages.prepare import prepare_data, prepare_eval, segment_options, with_stores
 from rayloom.train.launch import Work, ray_trainer
@@ -33,6 +35,7 @@ from rayloom.train.run_dir import check_data, check_run_dir, open_run_dir
 
 _POLL_SECONDS = 0.25
 _SEGMENTS_AT_ONCE = 10_000
+_TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree")  # say on import which of their kernels are not there
 _VERSIONS = ("ray", "torch", "transformers", "peft", "accelerate", "deepspeed")
 
 
@@ -48,9 +51,13 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
     """
     phases = {"start": started}
     prepare_environment()
+    for library in _TALKATIVE:
+        logging.getLogger(library).setLevel(logging.ERROR)
     run = check_run_dir(job)
+    check_combination(job)
     plan, encoder = prepare_data(job)
     eval_plan = prepare_eval(job)
+    _check_method(job)
     if job.resume:
         check_data(run, plan.fingerprints)
     if job.train.device == "cpu":
@@ -74,6 +81,15 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
             if store:
                 reporter.say(f"{data_set.name}: prepared tokens are read from {store}")
         return _Execution(work, reporter, phases).run()
+
+
+def _check_method(job: JobConfig) -> None:
+    """Refuse a method that does not fit the model, from a model without weights. Imports torch and PEFT."""
+    if job.method.type == "full":
+        return
+    from rayloom.methods.check import check_method
+
+    check_method(job)
 
 
 class _Execution:
@@ -134,6 +150,9 @@ class _Execution:
                 self._phases.setdefault(event["name"], event["time"])
             elif event["kind"] == "refused":
                 self._refused = RequestError(*event["messages"])
+            elif event["kind"] == "say":
+                for line in event["lines"]:
+                    self._reporter.say(line)
             elif event["kind"] == "manifest":
                 with self._work.run.manifest_file.open("a") as file:
                     file.write(json.dumps(event["row"]) + "\n")

@@ -22,6 +22,8 @@ import transformers
 from rayloom.config.job import JobConfig
 from rayloom.errors import RequestError
 from rayloom.methods.attach import attach_method
+from rayloom.methods.parameters import count_parameters
+from rayloom.methods.save import finish_saved, keep_start
 from rayloom.models.load import load_causal_lm, load_tokenizer, pad_token
 from rayloom.models.precision import Precision, choose_precision, computes_bf16
 from rayloom.train.deepspeed import deepspeed_config, engine_of
@@ -97,6 +99,11 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
         arguments = _arguments(job, device, precision, scratch)
         tokenizer = load_tokenizer(job.model.path)
         model = attach_method(load_causal_lm(job.model.path, _weight_dtype(job, precision)), job.method)
+        parameters = count_parameters(model)
+        start = scratch / "start"
+        if rank == 0:
+            answer(monitor.post.remote({"kind": "say", "lines": parameters.lines()}), "rank 0")
+            keep_start(model, job.method, start)
         if job.train.activation_checkpointing:
             model.enable_input_require_grads()
         phase("model")
@@ -128,6 +135,8 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
             evaluation = trainer.evaluate()
         if not trainer.stopped:
             trainer.save_model(config["model_dir"])
+            if rank == 0:
+                finish_saved(model, job.method, Path(config["model_dir"]), start)
     if rank != 0:
         return None
     return {
@@ -142,10 +151,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
         "eval": evaluation,
         "precision": precision,
         "engine": engine_of(trainer.model_wrapped),
-        "parameters": {
-            "trained": sum(_size(p) for p in model.parameters() if p.requires_grad),
-            "all": sum(_size(p) for p in model.parameters()),
-        },
+        "parameters": parameters.as_dict(),
     }
 
 
@@ -189,11 +195,6 @@ def _own_cores() -> int:
     declared = next(item["Resources"].get("CPU", 1) for item in ray.nodes() if item["NodeID"] == node)
     cores = min(len(os.sched_getaffinity(0)), max(1, int(declared)))
     return max(1, cores // ray.train.get_context().get_local_world_size())
-
-
-def _size(parameter: torch.nn.Parameter) -> int:
-    """Elements of a parameter; under ZeRO-3 only a shard of it is here, and `ds_numel` knows the whole."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _quieten(device: str) -> None:

@@ -1,0 +1,26 @@
+"""Names of a model's modules, and the nearest to one that there is not."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+_MOST = 12
+
+
+def nearest(word: str, names: Iterable[str]) -> str:
+    """`; did you mean "x"?` for the nearest last parts of the names, else what the last parts are.
+
+    A name that ends in a number (`layers.3`) is left out: nobody misspells it.
+    """
+    ends = list(dict.fromkeys(end for name in names if not (end := name.rpartition(".")[2]).isdecimal()))
+    close = difflib.get_close_matches(word.rpartition(".")[2], ends, n=3, cutoff=0.6)
+    if close:
+        return f"; did you mean {' or '.join(map(repr, close))}?"
+    return f"; known here: {short_list(ends)}"
+
+
+def short_list(words: Sequence[str]) -> str:
+    """The words with commas between them, and how many more there are beyond a dozen."""
+    more = f" and {len(words) - _MOST} more" if len(words) > _MOST else ""
+    return ", ".join(words[:_MOST]) + more
