@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from typing import Any
 
 from rayloom.config.job import JobConfig
@@ -31,7 +32,9 @@ def check_method(job: JobConfig) -> None:
     if isinstance(method, LoraConfig) and method.adapters:
         _check_adapters(job, method)
     sizes = {name: size for name, module in model.named_modules() if (size := _layer_size(module))}
-    attached = attach_method(model, method, empty=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what PEFT changes by itself with a warning is refused below
+        attached = attach_method(model, method, empty=True)
     targets = list(getattr(attached, "targeted_module_names", []))
     if isinstance(method, LoraConfig) and not method.continues:
         _check_rank(method, sizes, targets, model.config)

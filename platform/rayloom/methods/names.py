@@ -14,7 +14,8 @@ def nearest(word: str, names: Iterable[str]) -> str:
     A name that ends in a number (`layers.3`) is left out: nobody misspells it.
     """
     ends = list(dict.fromkeys(end for name in names if not (end := name.rpartition(".")[2]).isdecimal()))
-    close = difflib.get_close_matches(word.rpartition(".")[2], ends, n=3, cutoff=0.6)
+    last = word.rpartition(".")[2]
+    close = difflib.get_close_matches(last, ends, n=3, cutoff=0.65) or [end for end in ends if last and last in end][:3]
     if close:
         return f"; did you mean {' or '.join(map(repr, close))}?"
     return f"; known here: {short_list(ends)}"
