@@ -38,6 +38,7 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[str, ...], bool]] = {
     "pissa rslora": ({"type": "lora", "rank": 4, "init": "pissa_niter_4", "rslora": True}, ("lora_",), True),
     "olora": ({"type": "lora", "rank": 4, "init": "olora"}, ("lora_",), True),
     "lora extra": ({"type": "lora", "extra_modules": ["norm"]}, ("lora_", "modules_to_save"), True),
+    "lora tied": ({"type": "lora", "extra_modules": ["embed_tokens"]}, ("lora_", "modules_to_save"), True),
     "oft": ({"type": "oft", "block_size": 16}, ("oft_",), True),
     "oft constrained": (
         {"type": "oft", "blocks": 4, "exact": True, "constrained": 1e-3, "shared": True},
@@ -123,8 +124,8 @@ def test_the_loss_falls_and_only_the_right_weights_move(name, trained):
     assert seen["losses"][2] < seen["losses"][0]
     assert seen["trains"]
     assert all(any(part in key for part in parts) for key in seen["trains"]), seen["trains"]
-    tied = {"lm_head.weight"} if name == "full" else set()
-    assert seen["moved"] <= seen["trains"] | tied
+    tied = {"full": {"lm_head.weight"}, "lora tied": {"base_model.model.lm_head.modules_to_save.default.weight"}}
+    assert seen["moved"] <= seen["trains"] | tied.get(name, set())
     assert len(seen["moved"]) >= len(seen["trains"]) / 2
 
 

@@ -12,8 +12,7 @@ from rayloom.errors import RequestError
 from rayloom.methods.adapter_folder import check_adapter, read_adapter_config
 from rayloom.methods.attach import attach_method
 from rayloom.methods.config import LoraConfig, OftConfig
-from rayloom.methods.freeze import names_within
-from rayloom.methods.names import nearest
+from rayloom.methods.names import modules_named, nearest
 from rayloom.methods.skeleton import skeleton
 
 _OFT_BLOCK = 32
@@ -62,10 +61,10 @@ def _check_quantized(job: JobConfig, model: Any) -> None:
 
 
 def _check_names(method: Any, model: Any) -> None:
-    names_within(model, getattr(method, "extra_modules", []), "method.extra_modules")
+    modules_named(model, getattr(method, "extra_modules", []), "method.extra_modules")
     target = getattr(method, "target", "all")
     if isinstance(target, list) and not getattr(method, "continues", False):
-        names_within(model, target, "method.target")
+        modules_named(model, target, "method.target")
     elif target not in ("all", "auto"):
         known = [name for name, _ in model.named_modules() if name]
         try:

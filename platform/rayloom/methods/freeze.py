@@ -10,6 +10,7 @@ import torch
 
 from rayloom.errors import RequestError
 from rayloom.methods.config import FreezeConfig
+from rayloom.methods.names import is_one_of, modules_named, nearest
 
 # What a block's branches end with, as model families name it: the layers whose output is added to the residual stream.
 _BRANCH_ENDS = frozenset(
@@ -34,8 +35,7 @@ def attach(model: Any, method: FreezeConfig, empty: bool) -> Any:
     parts = {f"{name}.{index}" for index in chosen}
     if method.modules:
         parts = {module for part in parts for module in _named_within(model, part, method.modules)}
-    parts |= {module for module, _ in model.named_modules() if _is_one_of(module, method.extra_modules)}
-    names_within(model, method.extra_modules, "method.extra_modules")
+    parts |= set(modules_named(model, method.extra_modules, "method.extra_modules"))
     model.requires_grad_(False)
     for part in parts:
         model.get_submodule(part).requires_grad_(True)
@@ -74,32 +74,12 @@ def chosen_layers(method: FreezeConfig, count: int) -> list[int]:
     return sorted({*range(method.first), *range(count - method.last, count)})
 
 
-def names_within(model: Any, names: Iterable[str], key: str) -> None:
-    """Check that each name is that of a module, whole or from a dot on.
-
-    Raises:
-        RequestError: one is not; with the nearest that there are.
-    """
-    from rayloom.methods.names import nearest
-
-    known = [name for name, _ in model.named_modules() if name]
-    for name in names:
-        if not any(_is_one_of(module, [name]) for module in known):
-            raise RequestError(f"{key}: the model has no module {name!r}{nearest(name, known)}")
-
-
-def _is_one_of(module: str, names: Iterable[str]) -> bool:
-    return any(module == name or module.endswith(f".{name}") for name in names)
-
-
 def _named_within(model: Any, part: str, names: Iterable[str]) -> list[str]:
-    from rayloom.methods.names import nearest
-
     inside = [name for name, _ in model.get_submodule(part).named_modules() if name]
     for name in names:
-        if not any(_is_one_of(module, [name]) for module in inside):
+        if not any(is_one_of(module, [name]) for module in inside):
             raise RequestError(f"method.modules: layer {part} has no module {name!r}{nearest(name, inside)}")
-    return [f"{part}.{module}" for module in inside if _is_one_of(module, names)]
+    return [f"{part}.{module}" for module in inside if is_one_of(module, names)]
 
 
 # --- block expansion --------------------------------------------------------------------------------------------------

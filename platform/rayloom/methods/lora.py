@@ -9,7 +9,7 @@ import peft
 import torch
 
 from rayloom.methods.config import LoraConfig
-from rayloom.methods.wrap import peft_target, wrap
+from rayloom.methods.wrap import extra_modules, peft_target, wrap
 
 _INIT: dict[str, bool | str] = {"default": True, "loftq": True}  # LoftQ replaces the usual start
 
@@ -55,7 +55,7 @@ def lora_config(model: Any, method: LoraConfig, empty: bool) -> peft.LoraConfig:
         use_rslora=method.rslora,
         use_dora=method.dora,
         init_lora_weights=init,
-        modules_to_save=method.extra_modules or None,
+        modules_to_save=extra_modules(model, method.extra_modules),
         ensure_weight_tying=tied,
     )
 
@@ -77,7 +77,7 @@ def loraplus_groups(
 
     Returns:
         Groups with `params`, `lr` and `weight_decay`, as torch's optimizers take them; none is empty. As in PEFT's
-        `create_loraplus_optimizer`, vectors learn as fast as B.
+        `create_loraplus_optimizer`, vectors learn as fast as B; unlike there, none of them decays.
     """
     slow, fast, vectors = [], [], []
     for name, parameter in named_parameters:

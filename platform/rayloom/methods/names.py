@@ -4,8 +4,32 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rayloom.errors import RequestError
 
 _MOST = 12
+
+
+def is_one_of(module: str, names: Iterable[str]) -> bool:
+    """Whether one of the names is a module's whole name, or what stands behind one of its dots."""
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def modules_named(model: Any, names: Sequence[str], key: str) -> list[str]:
+    """Whole names of all modules that `names` mean.
+
+    Args:
+        key: of the job file that holds the names.
+
+    Raises:
+        RequestError: one of them means no module; with the nearest that there are.
+    """
+    known = [name for name, _ in model.named_modules() if name]
+    for name in names:
+        if not any(is_one_of(module, [name]) for module in known):
+            raise RequestError(f"{key}: the model has no module {name!r}{nearest(name, known)}")
+    return [module for module in known if is_one_of(module, names)]
 
 
 def nearest(word: str, names: Iterable[str]) -> str:

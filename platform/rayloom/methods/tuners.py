@@ -11,7 +11,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from rayloom.errors import RequestError
 from rayloom.methods.config import AdapterConfig, Ia3Config, OftConfig, PeftConfig, VeraConfig
 from rayloom.methods.names import nearest
-from rayloom.methods.wrap import first_line, peft_target, wrap
+from rayloom.methods.wrap import extra_modules, first_line, peft_target, wrap
 
 _TASK = peft.TaskType.CAUSAL_LM
 _OFT_BLOCK = 32
@@ -46,7 +46,7 @@ def attach_oft(model: Any, method: OftConfig, empty: bool) -> Any:
         coft=method.constrained is not None,
         eps=method.constrained or 6e-5,
         block_share=method.shared,
-        modules_to_save=method.extra_modules or None,
+        modules_to_save=extra_modules(model, method.extra_modules),
     )
     return wrap(model, config, "method.target", empty)
 
@@ -66,7 +66,7 @@ def attach_ia3(model: Any, method: Ia3Config, empty: bool) -> Any:
         task_type=_TASK,
         target_modules=target,
         feedforward_modules=None if target is None else method.feedforward,
-        modules_to_save=method.extra_modules or None,
+        modules_to_save=extra_modules(model, method.extra_modules),
     )
     return wrap(model, config, "method.target", empty)
 
@@ -79,7 +79,7 @@ def attach_vera(model: Any, method: VeraConfig, empty: bool) -> Any:
         vera_dropout=method.dropout,
         d_initial=method.d_initial,
         target_modules=peft_target(method.target),
-        modules_to_save=method.extra_modules or None,
+        modules_to_save=extra_modules(model, method.extra_modules),
     )
     return wrap(model, config, "method.target", empty)
 

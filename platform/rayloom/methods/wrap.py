@@ -7,6 +7,7 @@ from typing import Any
 import peft
 
 from rayloom.errors import RequestError
+from rayloom.methods.names import modules_named
 
 
 def wrap(model: Any, config: peft.PeftConfig, key: str, empty: bool) -> Any:
@@ -28,6 +29,12 @@ def wrap(model: Any, config: peft.PeftConfig, key: str, empty: bool) -> Any:
 def peft_target(target: str | list[str]) -> str | list[str]:
     """`target` of a job as PEFT's `target_modules`."""
     return "all-linear" if target == "all" else target
+
+
+def extra_modules(model: Any, names: list[str]) -> list[str] | None:
+    """`extra_modules` of a job as PEFT's `modules_to_save`: whole names, for PEFT would take `norm` for the end of
+    `input_layernorm` too."""
+    return modules_named(model, names, "method.extra_modules") or None
 
 
 def first_line(error: BaseException) -> str:
