@@ -1,4 +1,4 @@
-"""LoRA's kin against PEFT itself: PiSSA turned back, adapters in a row, LoRA+'s groups, half precision."""
+"""LoRA's kin against PEFT itself: PiSSA turned back, adapters in a row, half precision, counts."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft.optimizers import create_loraplus_optimizer
 from tests.unit.test_methods import load, logits_of, method_of, train
 from transformers import AutoModelForCausalLM
 
 from rayloom.methods.attach import attach_method
-from rayloom.methods.lora import loraplus_groups
 from rayloom.methods.parameters import count_parameters
 from rayloom.methods.save import finish_saved, keep_start
 
@@ -127,31 +125,6 @@ def test_earlier_adapters_become_part_of_the_weights(new, two, tiny_model, tmp_p
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
     expected = merged_by_peft(tiny_model, *(two if new else two[:1]))
     torch.testing.assert_close(logits_of(base), logits_of(expected), rtol=0, atol=1e-5)
-
-
-# --- LoRA+ ------------------------------------------------------------------------------------------------------------
-
-
-def rates(groups: list[dict[str, Any]]) -> dict[int, tuple[float, float]]:
-    """(learning rate, weight decay) of each parameter."""
-    return {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
-
-
-@pytest.mark.parametrize("fields", [{}, {"dora": True}, {"extra_modules": ["norm"]}])
-def test_loraplus_groups_are_pefts(fields, tiny_model):
-    model = attached(tiny_model, rank=4, **fields)
-    groups = loraplus_groups(model.named_parameters(), learning_rate=1e-4, ratio=16.0, weight_decay=0.1)
-    theirs = create_loraplus_optimizer(
-        model, torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=16.0, loraplus_weight_decay=0.1
-    )
-    names = {id(p): name for name, p in model.named_parameters()}
-    vectors = {id(p) for p in model.parameters() if p.ndim == 1}
-    ours, pefts = rates(groups), rates(theirs.param_groups)
-    assert {key: rate[0] for key, rate in ours.items()} == {key: rate[0] for key, rate in pefts.items()}
-    assert all(ours[key][1] == (0.0 if key in vectors else pefts[key][1]) for key in ours)
-    assert all(group["params"] for group in groups)
-    assert {rate[0] for key, rate in ours.items() if "lora_B" in names[key]} == {16 * 1e-4}
-    assert {rate[0] for key, rate in ours.items() if "lora_A" in names[key]} == {1e-4}
 
 
 # --- precision and counts ---------------------------------------------------------------------------------------------

@@ -35,9 +35,6 @@ class LoraConfig(ConfigPart):
     """What the factors are at first. `default`: their product is zero; `gaussian`: the same with a normal A;
     `orthogonal`: orthogonal ones; `pissa`, `pissa_niter_N` (by N steps of a fast SVD) and `olora`: the largest part of
     the weight itself, saved as plain LoRA of twice the rank; `loftq`: what 4-bit quantization has lost."""
-    loraplus_ratio: Number | None = Field(default=None, ge=1)
-    """LoRA+: the learning rate of the B factors is so many times that of the A factors, at least 1
-    (https://arxiv.org/abs/2402.12354). Left out: one rate for all."""
     extra_modules: Names = Field(default=[])
     """Modules that train whole and are saved with the adapter, such as `embed_tokens` or `lm_head`."""
     adapters: Names = Field(default=[])

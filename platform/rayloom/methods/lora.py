@@ -1,12 +1,10 @@
-"""LoRA and what is built on it: rsLoRA, DoRA, PiSSA, OLoRA, LoftQ, several adapters, LoRA+."""
+"""LoRA and what is built on it: rsLoRA, DoRA, PiSSA, OLoRA, LoftQ, several adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import peft
-import torch
 
 from rayloom.methods.config import LoraConfig
 from rayloom.methods.wrap import extra_modules, peft_target, wrap
@@ -58,45 +56,3 @@ def lora_config(model: Any, method: LoraConfig, empty: bool) -> peft.LoraConfig:
         modules_to_save=extra_modules(model, method.extra_modules),
         ensure_weight_tying=tied,
     )
-
-
-def loraplus_groups(
-    named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
-    *,
-    learning_rate: float,
-    ratio: float,
-    weight_decay: float,
-) -> list[dict[str, Any]]:
-    """Parameter groups of LoRA+ (Hayou et al. 2024, https://arxiv.org/abs/2402.12354): B learns `ratio` times as fast.
-
-    Args:
-        named_parameters: of the model; those that do not train are passed over.
-        learning_rate: of the A factors, and of everything that is neither A nor B and no vector.
-        ratio: of the B factors' learning rate to that.
-        weight_decay: of all matrices; vectors (biases, magnitudes of DoRA) have none.
-
-    Returns:
-        Groups with `params`, `lr` and `weight_decay`, as torch's optimizers take them; none is empty. As in PEFT's
-        `create_loraplus_optimizer`, vectors learn as fast as B; unlike there, none of them decays.
-    """
-    slow, fast, vectors = [], [], []
-    for name, parameter in named_parameters:
-        if not parameter.requires_grad:
-            continue
-        if len(_shape(parameter)) == 1:
-            vectors.append(parameter)
-        elif "lora_B" in name or "lora_embedding_B" in name:
-            fast.append(parameter)
-        else:
-            slow.append(parameter)
-    groups = [
-        {"params": slow, "lr": learning_rate, "weight_decay": weight_decay},
-        {"params": fast, "lr": learning_rate * ratio, "weight_decay": weight_decay},
-        {"params": vectors, "lr": learning_rate * ratio, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def _shape(parameter: torch.nn.Parameter) -> torch.Size:
-    """The whole parameter's shape, also where ZeRO-3 keeps only a shard of it here."""
-    return getattr(parameter, "ds_shape", parameter.shape)
