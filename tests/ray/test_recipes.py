@@ -68,3 +68,23 @@ def test_a_recipe_trains(
         untrained = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()(input_ids=ids).logits
     assert trained.isfinite().all()
     assert not torch.equal(trained[:, -15:], untrained)
+
+
+def test_virtual_tokens_go_on_from_a_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
+    """Two steps, then two more, are the four of one run: the network behind the tokens is in the checkpoint."""
+    overrides = [
+        f"model.path={tiny_model}",
+        f"data.train[0].path={ROOT}/jobs/data/identity.jsonl",
+        "train={batch_size: 2, logging_steps: 1, device: cpu, precision: fp32, scheduler: constant, warmup: 0}",
+    ]
+    recipe = ROOT / "jobs" / "methods" / "p-tuning.yaml"
+
+    def losses(name: str, *more: str) -> list[float]:
+        job = read_job(recipe, [*overrides, f"output_dir={tmp_path}", f"name={name}", *more])
+        run_job(job, started=time.time())
+        return [json.loads(line)["loss"] for line in (job.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+    whole = losses("whole", "train.max_steps=4")
+    losses("parts", "train.max_steps=2")
+    assert losses("parts", "train.max_steps=4", "resume=true") == pytest.approx(whole, abs=1e-6)
+    assert len(whole) == 4

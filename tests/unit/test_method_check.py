@@ -82,7 +82,7 @@ def test_what_fits_is_let_through_and_no_weight_is_read(method, light):
         ),
         ({"target": "(q_proj"}, "method.target: '(q_proj' is no regular expression: missing ), unterminated"),
         ({"extra_modules": ["head"]}, "method.extra_modules: the model has no module 'head'; did you mean 'lm_head'"),
-        ({"init": "loftq"}, "method.init: loftq makes up for what 4-bit quantization loses, and the model is not"),
+        ({"init": "loftq"}, "method.init: loftq makes up for what is lost when weights are quantized to 4 bits"),
         ({"type": "freeze", "last": 3}, "method.last: 3 layers, but the model has 2"),
         ({"type": "freeze", "first": 9}, "method.first: 9 layers, but the model has 2"),
         (
@@ -187,6 +187,11 @@ def test_a_quantized_checkpoint_cannot_train_its_own_weights(light):
             {"train": {"deepspeed": "zero3"}},
             "train.deepspeed: zero3 has shards of weights only, and method.expand copies whole layers; use zero2",
         ),
+        (
+            {"type": "peft", "peft_type": "loha"},
+            {"train": {"deepspeed": "zero3"}},
+            "train.deepspeed: zero3 has shards of weights only, and method.peft_type: LOHA is not known to train on",
+        ),
     ],
 )
 def test_combinations_that_the_job_alone_rules_out(method, parts, message, tmp_path):
@@ -197,6 +202,7 @@ def test_combinations_that_the_job_alone_rules_out(method, parts, message, tmp_p
 
 def test_combinations_that_go_together(tmp_path):
     check_combination(job(tmp_path, {"type": "prompt"}, data={"packing": False}))
+    check_combination(job(tmp_path, {"type": "peft", "peft_type": "hra"}, train={"deepspeed": "zero3"}))
     check_combination(job(tmp_path, {"type": "lora"}, train={"deepspeed": "zero3", "activation_checkpointing": True}))
 
 

@@ -43,15 +43,16 @@ def check_method(job: JobConfig) -> None:
 
 def _check_quantized(job: JobConfig, model: Any) -> None:
     method = job.method
-    is_quantized = bool(getattr(job.model, "quantization", None)) or hasattr(model.config, "quantization_config")
+    on_load: Any = getattr(job.model, "quantization", None)
+    is_quantized = bool(on_load) or hasattr(model.config, "quantization_config")
     if method.type == "freeze" and is_quantized:
         raise RequestError("method.type: freeze trains the model's own weights, and quantized ones cannot; use lora")
     if not isinstance(method, LoraConfig):
         return
-    if method.init == "loftq" and not is_quantized:
+    if method.init == "loftq" and getattr(on_load, "type", None) not in ("nf4", "fp4"):
         raise RequestError(
-            "method.init: loftq makes up for what 4-bit quantization loses, and the model is not quantized; "
-            "quantize it (bitsandbytes, 4 bits) or leave `init` out"
+            "method.init: loftq makes up for what is lost when weights are quantized to 4 bits on load, and these are "
+            "not; set model.quantization: nf4, or leave `init` out"
         )
     if is_quantized and method.merged:
         raise RequestError(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import peft
+import torch
 
 from rayloom.methods.config import LoraConfig
 from rayloom.methods.wrap import extra_modules, peft_target, wrap
@@ -31,9 +33,7 @@ def attach(model: Any, method: LoraConfig, empty: bool) -> Any:
         return wrap(model, config, "method.adapters", empty)
     model = wrap(model, lora_config(model, method, empty), "method.target", empty)
     if method.init == "loftq" and not empty:
-        from peft.utils.loftq_utils import replace_lora_weights_loftq
-
-        replace_lora_weights_loftq(model)
+        _make_up_for_quantization(model)
     return model
 
 
@@ -56,3 +56,28 @@ def lora_config(model: Any, method: LoraConfig, empty: bool) -> peft.LoraConfig:
         modules_to_save=extra_modules(model, method.extra_modules),
         ensure_weight_tying=tied,
     )
+
+
+def _make_up_for_quantization(model: Any) -> None:
+    """LoftQ's start (https://arxiv.org/abs/2310.08659) with the quantized weights as they are: the adapter begins as
+    the best approximation, of its rank, of what quantization has taken from each weight.
+
+    PEFT's own `replace_lora_weights_loftq` computes on CUDA only, and forgets that the product is scaled.
+    """
+    import bitsandbytes
+    from peft.tuners.lora.bnb import Linear4bit
+    from peft.utils.loftq_utils import _SafetensorLoader
+
+    source = model.get_base_model().name_or_path
+    original = _SafetensorLoader(model, source if Path(source).is_dir() else None)
+    prefix = "base_model.model."
+    layers: list[tuple[str, Any]] = [item for item in model.named_modules() if isinstance(item[1], Linear4bit)]
+    for name, layer in layers:
+        packed = layer.get_base_layer().weight
+        kept = bitsandbytes.functional.dequantize_4bit(packed.data, packed.quant_state).float()
+        lost = original.get_tensor(f"{name.removeprefix(prefix)}.weight").to(kept) - kept
+        u, s, v = torch.linalg.svd(lost / layer.scaling["default"], full_matrices=False)
+        rank, root = layer.r["default"], s.sqrt()
+        with torch.no_grad():
+            layer.lora_B["default"].weight.copy_(u[:, :rank] * root[:rank])
+            layer.lora_A["default"].weight.copy_(root[:rank, None] * v[:rank])

@@ -6,9 +6,14 @@ from collections.abc import Callable
 
 from rayloom.config.job import JobConfig
 from rayloom.errors import RequestError
-from rayloom.methods.config import FreezeConfig, LoraConfig
+from rayloom.methods.config import FreezeConfig, LoraConfig, PeftConfig
 
 _VIRTUAL_TOKENS = ("prompt", "p_tuning", "prefix")
+# Tuners of PEFT that were seen to learn under ZeRO-3 what they learn without, and to be saved whole.
+_ON_SHARDS = frozenset(
+    "BEFT BOFT C3A FOURIERFT GLORA GRALORA HIRA HRA IA3 LILY LOKR LORA MISS OFT PEANUT PSOFT PVERA ROAD SHIRA UNILORA "
+    "VBLORA VERA WAVEFT".split()
+)
 
 
 def check_combination(job: JobConfig) -> None:
@@ -52,8 +57,8 @@ def _sharded_weights(job: JobConfig) -> str | None:
         why = "method.adapters are merged into whole weights"
     elif isinstance(method, FreezeConfig) and method.expand:
         why = "method.expand copies whole layers"
-    elif method.type in ("adapter", "peft", *_VIRTUAL_TOKENS):
-        why = f"method.type: {method.type} reads whole weights"
+    elif isinstance(method, PeftConfig) and method.peft_type.upper() not in _ON_SHARDS:
+        why = f"method.peft_type: {method.peft_type.upper()} is not known to train on them"
     return f"train.deepspeed: zero3 has shards of weights only, and {why}; use zero2" if why else None
 
 
