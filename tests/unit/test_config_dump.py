@@ -47,7 +47,7 @@ def jobs(draw: st.DrawFn) -> JobConfig:
         "rank": st.integers(1, 4096),
         "alpha": st.none() | POSITIVE,
         "dropout": share,
-        "target": st.just("all") | st.lists(TEXT, max_size=3),
+        "target": st.just("all") | TEXT | st.lists(TEXT, max_size=3),
     }
     train = {
         "workers": COUNT,

@@ -2,39 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from rayloom.errors import RequestError
-from rayloom.methods.config import FullConfig, LoraConfig
-from rayloom.models.parts import linear_layers
+import torch
+
+from rayloom.methods import freeze, lora, prompts, tuners
+from rayloom.methods.config import LoraConfig, MethodConfig
 
 
-def attach_method(model: Any, method: LoraConfig | FullConfig, new_tokens: Sequence[int] = ()) -> Any:
-    """The model as the method trains it: `full` as it is, `lora` wrapped by PEFT with only adapters trainable.
+def _full(model: Any, method: Any, empty: bool) -> Any:
+    return model
+
+
+_ATTACH: dict[str, Callable[[Any, Any, bool], Any]] = {
+    "full": _full,
+    "freeze": freeze.attach,
+    "oft": tuners.attach_oft,
+    "adapter": tuners.attach_adapter,
+    "ia3": tuners.attach_ia3,
+    "vera": tuners.attach_vera,
+    "peft": tuners.attach_peft,
+    "prompt": prompts.attach_prompt,
+    "p_tuning": prompts.attach_p_tuning,
+    "prefix": prompts.attach_prefix,
+}
+
+
+def attach_method(model: Any, method: MethodConfig, new_tokens: Sequence[int] = (), *, empty: bool = False) -> Any:
+    """The model as the method trains it: what trains requires gradients, everything else does not.
+
+    `full` and `freeze` return the model itself, changed in place; the others return a `peft.PeftModel` around it. What
+    trains stands in fp32, also where the model's own weights are in half precision: autocast computes, and small
+    updates are not rounded away.
 
     Args:
-        new_tokens: ids of added tokens, whose rows train beside the adapters.
+        model: a transformers model that has just been loaded; `name_or_path` says from where.
+        new_tokens: ids of added tokens, whose rows train beside LoRA's adapters.
+        empty: build the same modules without memory and without values, as `rayloom.methods.check` does on a model
+            that has none.
 
     Raises:
-        RequestError: a target that names no module of the model.
+        RequestError: the method does not fit the model.
     """
-    if isinstance(method, FullConfig):
+    if isinstance(method, LoraConfig):
+        model = lora.attach(model, method, new_tokens, empty)
+    else:
+        model = _ATTACH[method.type](model, method, empty)
+    if method.type == "full":  # whose precision the loader has settled
         return model
-    import peft
-
-    from rayloom.models.vocabulary import vocabulary_modules
-
-    alpha: Any = 2 * method.rank if method.alpha is None else method.alpha
-    config = peft.LoraConfig(
-        task_type=peft.TaskType.CAUSAL_LM,
-        r=method.rank,
-        lora_alpha=alpha,
-        lora_dropout=method.dropout,
-        target_modules=linear_layers(model) if method.target == "all" else method.target,
-        trainable_token_indices={name: list(new_tokens) for name in vocabulary_modules(model)} if new_tokens else None,
-    )
-    try:
-        return peft.get_peft_model(model, config)
-    except ValueError as error:
-        raise RequestError(f"method.target: {str(error).strip().splitlines()[0]}") from None
+    for parameter in model.parameters():
+        is_whole = not hasattr(parameter, "ds_id")  # ZeRO-3 keeps its own fp32 copy of a shard
+        if parameter.requires_grad and is_whole and parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+    return model

@@ -36,10 +36,14 @@ class TrainedPositions:
     A forward hook on the output layer, and not the models' own argument `logits_to_keep`, which chooses the same
     columns for all rows of a batch: in packed rows these are nearly all. What a model does to its logits afterwards
     (a scale, a soft cap) it does to each by itself, so it still holds.
+
+    Args:
+        skip: hidden states at the start of each row that are not of its own tokens, but of a method's virtual ones.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, skip: int = 0) -> None:
         self._positions: torch.Tensor | None = None
+        self._skip = skip
         model.get_output_embeddings().register_forward_pre_hook(self._choose)
 
     def choose(self, positions: torch.Tensor | None) -> None:
@@ -49,4 +53,4 @@ class TrainedPositions:
     def _choose(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         if self._positions is None:
             return None
-        return (inputs[0].flatten(0, 1)[self._positions].unsqueeze(0), *inputs[1:])
+        return (inputs[0][:, self._skip :].flatten(0, 1)[self._positions].unsqueeze(0), *inputs[1:])

@@ -8,6 +8,7 @@ Everything that can be refused is refused before the run directory is made.
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import signal
 import threading
@@ -27,6 +28,7 @@ from rayloom.data.segment import Encoder, EncodeSegment, SegmentOptions
 from rayloom.data.walk import Walk
 from rayloom.errors import JobError, RequestError
 from rayloom.methods.optimizers.support import check_environment
+from rayloom.methods.rules import check_combination
 from rayloom.models.check import check_model
 from rayloom.models.precision import choose_precision, computes_bf16
 from rayloom.stages.prepare import make_encoder, plan_data, prepare_eval, segment_options, with_stores
@@ -37,6 +39,7 @@ from rayloom.train.run_dir import check_data, check_run_dir, open_run_dir
 
 _POLL_SECONDS = 0.25
 _SEGMENTS_AT_ONCE = 10_000
+_TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree")  # say on import which of their kernels are not there
 _VERSIONS = ("ray", "torch", "transformers", "peft", "accelerate", "deepspeed")
 
 
@@ -52,7 +55,10 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
     """
     phases = {"start": started}
     prepare_environment()
+    for library in _TALKATIVE:
+        logging.getLogger(library).setLevel(logging.ERROR)
     run = check_run_dir(job)
+    check_combination(job)
     check_environment(job.optimizer, job.train.device)
     plan = plan_data(job)
     eval_plan = prepare_eval(job)
@@ -64,6 +70,7 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
     with Reporter() as reporter, ray_session(verbose=verbose) as ray_starts:
         # While Ray starts: each takes some seconds.
         _check_model(job, job.train.device)
+        _check_method(job)
         encoder = make_encoder(job)
         options = with_stores(job, plan, encoder, segment_options(job))
         first = _first_segment(job, plan, encoder, options)
@@ -90,6 +97,13 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
 def _check_model(job: JobConfig, device: str) -> None:
     known = None if device == "auto" else device
     check_model(job.model, cutoff=job.data.cutoff, device=known, zero3=job.train.deepspeed == "zero3")
+def _check_method(job: JobConfig) -> None:
+    """Refuse a method that does not fit the model, from a model without weights. Imports torch and PEFT."""
+    if job.method.type == "full":
+        return
+    from rayloom.methods.check import check_method
+
+    check_method(job)
 
 
 class _Execution:
@@ -148,10 +162,11 @@ class _Execution:
         for event in answer(self._monitor.collect.remote(), "the driver"):
             if event["kind"] == "phase":
                 self._phases.setdefault(event["name"], event["time"])
-            elif event["kind"] == "note":
-                self._reporter.say(event["text"])
             elif event["kind"] == "refused":
                 self._refused = RequestError(*event["messages"])
+            elif event["kind"] == "say":
+                for line in event["lines"]:
+                    self._reporter.say(line)
             elif event["kind"] == "manifest":
                 with self._work.run.manifest_file.open("a") as file:
                     file.write(json.dumps(event["row"]) + "\n")

@@ -20,7 +20,7 @@ class Monitor:
         self._stop = False
 
     def post(self, event: dict[str, Any]) -> None:
-        """Rank 0: something for the driver, `{"kind": "metrics" | "phase" | "note" | ..., ...}`."""
+        """Rank 0: something for the driver, `{"kind": "metrics" | "phase" | "say" | ..., ...}`."""
         self._events.append(event)
 
     def collect(self) -> list[dict[str, Any]]:

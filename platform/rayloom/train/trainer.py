@@ -27,6 +27,8 @@ import transformers
 from rayloom.data.rows import row_name
 from rayloom.methods.optimizers.badam import BAdam
 from rayloom.methods.optimizers.build import Setting, library_class, lora_plus, make_optimizer
+from rayloom.methods.prompts import virtual_tokens
+from rayloom.methods.save import load_trained, save_trained
 from rayloom.train.batch import Batch, TrainedPositions, make_batch
 from rayloom.train.config import TrainConfig
 from rayloom.train.evaluate import evaluate
@@ -103,7 +105,7 @@ class StreamTrainer(transformers.Trainer):
         self._read_eval_tables = eval_tables
         self._set_names = set_names
         self._eval_names = eval_names
-        self._trained_positions = TrainedPositions(kw["model"])
+        self._trained_positions = TrainedPositions(kw["model"], skip=virtual_tokens(kw["model"]))
         self._saved_step = -1
         self._log_clock: tuple[float, int] | None = None  # (time, tokens) of the row before; set by the first batch
         self._waited = 0.0  # seconds of waiting for data since then
@@ -268,6 +270,11 @@ class StreamTrainer(transformers.Trainer):
         if self.is_world_process_zero():
             answer(self._monitor.post.remote({"kind": "metrics", "row": row}), "rank 0")
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Virtual tokens from our own file; all others as PEFT and transformers load them."""
+        if not load_trained(self.model, Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save into this rank's own folder and hand it to Ray Train, which puts the ranks' files together."""
         if self.state.global_step == self._saved_step:
@@ -275,7 +282,8 @@ class StreamTrainer(transformers.Trainer):
         super()._save_checkpoint(model, trial)
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         folder.mkdir(exist_ok=True)
-        if self.is_world_process_zero():
+        if self.is_world_process_zero() and not self.is_deepspeed_enabled:  # which keeps all of its state itself
+            save_trained(self.model, folder)
             self.meter.save(folder, self.state.global_step)
         ray.train.report(
             {"step": self.state.global_step},

@@ -24,6 +24,8 @@ from rayloom.errors import RequestError
 from rayloom.methods.attach import attach_method
 from rayloom.methods.optimizers.build import optim_name
 from rayloom.methods.optimizers.support import check_precision
+from rayloom.methods.parameters import count_parameters
+from rayloom.methods.save import finish_saved, keep_start
 from rayloom.models.load import load_causal_lm
 from rayloom.models.precision import Precision, cast_trained, choose_precision, computes_bf16, computing_dtype
 from rayloom.models.tokenizer import TokenizerSource, load_tokenizer, pad_token
@@ -85,9 +87,9 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
             reached.add(name)
             answer(monitor.post.remote({"kind": "phase", "name": name, "time": time.time()}), "rank 0")
 
-    def say(text: str) -> None:
+    def say(*lines: str) -> None:
         if rank == 0:
-            answer(monitor.post.remote({"kind": "note", "text": text}), "rank 0")
+            answer(monitor.post.remote({"kind": "say", "lines": lines}), "rank 0")
 
     phase("workers")
     shard: Any = ray.train.get_dataset_shard("train")  # a `rayloom.data.deal.Shard`
@@ -118,6 +120,11 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
         model = attach_method(base, job.method, added_token_ids(tokenizer, job.model))
         if job.train.deepspeed == "none":
             cast_trained(model, precision)
+        parameters = count_parameters(model)
+        start = scratch / "start"
+        say(*parameters.lines())
+        if rank == 0:
+            keep_start(model, job.method, start)
         if job.train.activation_checkpointing:
             model.enable_input_require_grads()
         phase("model")
@@ -150,6 +157,8 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
             evaluation = trainer.evaluate()
         if not trainer.stopped:
             trainer.save_model(config["model_dir"])
+            if rank == 0:
+                finish_saved(model, job.method, Path(config["model_dir"]), start)
     if rank != 0:
         return None
     return {
@@ -164,10 +173,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
         "eval": evaluation,
         "precision": precision,
         "engine": engine_of(trainer.model_wrapped),
-        "parameters": {
-            "trained": sum(_size(p) for p in trainer.trained),
-            "all": sum(_size(p) for p in model.parameters()),
-        },
+        "parameters": parameters.as_dict() | {"trained": sum(_size(p) for p in trainer.trained)},
     }
 
 
@@ -215,11 +221,6 @@ def _own_cores() -> int:
     declared = next(item["Resources"].get("CPU", 1) for item in ray.nodes() if item["NodeID"] == node)
     cores = min(len(os.sched_getaffinity(0)), max(1, int(declared)))
     return max(1, cores // ray.train.get_context().get_local_world_size())
-
-
-def _size(parameter: torch.nn.Parameter) -> int:
-    """Elements of a parameter; under ZeRO-3 only a shard of it is here, and `ds_numel` knows the whole."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _quieten(device: str) -> None:

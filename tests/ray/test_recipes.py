@@ -1,0 +1,90 @@
+"""Each recipe of `jobs/methods/` trains two steps on a tiny model, and what it saves loads."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rayloom.config.read import read_job
+from rayloom.methods.attach import attach_method
+from rayloom.methods.config import LoraConfig
+from rayloom.train.driver import run_job
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "jobs" / "methods").glob("*.yaml"))
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("connected")]
+
+# What suits thirty layers does not suit two.
+SMALLER = {
+    "freeze": ["method.last=1"],
+    "llama-pro": ["method.expand=1"],
+    "llama-adapter": ["method.layers=1"],
+    "second-adapter": ["method.adapters=[ADAPTER]"],
+}
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of the tiny model, as one that a job of before has saved."""
+    folder = tmp_path_factory.mktemp("adapter")
+    attach_method(AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig()).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_trains(
+    recipe: Path, tiny_model: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = [
+        f"model.path={tiny_model}",
+        f"output_dir={tmp_path}",
+        f"data.train[0].path={ROOT}/jobs/data/identity.jsonl",  # the workers of the shared head stand elsewhere
+        "train.max_steps=2",
+        "train.batch_size=2",
+        "train.logging_steps=1",
+        "train.device=cpu",
+        "train.precision=fp32",
+        *(text.replace("ADAPTER", str(adapter)) for text in SMALLER.get(recipe.stem, [])),
+    ]
+    job = read_job(recipe, overrides)
+    result = run_job(job, started=time.time())
+    assert (result["status"], result["steps"]) == ("finished", 2)
+    rows = [json.loads(line) for line in (job.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["grad_norm"] > 0 for row in rows)
+    parameters = result["parameters"]
+    assert 0 < parameters["trained"] <= parameters["all"]
+    assert f"trains {parameters['trained']:,} of {parameters['all']:,} parameters" in capsys.readouterr().out
+
+    model, ids = job.run_dir / "model", torch.arange(5, 20).unsqueeze(0)
+    kind = peft.AutoPeftModelForCausalLM if (model / "adapter_config.json").exists() else AutoModelForCausalLM
+    with torch.no_grad():
+        trained = kind.from_pretrained(model, dtype=torch.float32).eval()(input_ids=ids).logits
+        untrained = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()(input_ids=ids).logits
+    assert trained.isfinite().all()
+    assert not torch.equal(trained[:, -15:], untrained)
+
+
+def test_virtual_tokens_go_on_from_a_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
+    """Two steps, then two more, are the four of one run: the network behind the tokens is in the checkpoint."""
+    overrides = [
+        f"model.path={tiny_model}",
+        f"data.train[0].path={ROOT}/jobs/data/identity.jsonl",
+        "train={batch_size: 2, logging_steps: 1, device: cpu, precision: fp32, scheduler: constant, warmup: 0}",
+    ]
+    recipe = ROOT / "jobs" / "methods" / "p-tuning.yaml"
+
+    def losses(name: str, *more: str) -> list[float]:
+        job = read_job(recipe, [*overrides, f"output_dir={tmp_path}", f"name={name}", *more])
+        run_job(job, started=time.time())
+        return [json.loads(line)["loss"] for line in (job.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+    whole = losses("whole", "train.max_steps=4")
+    losses("parts", "train.max_steps=2")
+    assert losses("parts", "train.max_steps=4", "resume=true") == pytest.approx(whole, abs=1e-6)
+    assert len(whole) == 4

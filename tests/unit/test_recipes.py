@@ -1,0 +1,30 @@
+"""Every recipe in `jobs/` is a job: it reads, and what it says goes together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rayloom.config.read import read_job
+from rayloom.methods.config import FullConfig, LoraConfig
+from rayloom.methods.rules import check_combination
+
+JOBS = Path(__file__).resolve().parents[2] / "jobs"
+RECIPES = sorted(JOBS.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_a_job(recipe):
+    job = read_job(recipe)
+    assert job.name == recipe.stem
+    check_combination(job)
+    assert recipe.read_text().startswith("# "), "a recipe begins with what it shows"
+    assert all((JOBS.parent / item.path).exists() for item in job.data.train)
+
+
+def test_every_type_of_method_has_a_recipe():
+    known = {kind.model_fields["type"].default for kind in (FullConfig, LoraConfig)}
+    types = {read_job(recipe).method.type for recipe in RECIPES}
+    known |= {"freeze", "oft", "adapter", "prompt", "p_tuning", "prefix", "ia3", "vera", "peft"}
+    assert types == known
