@@ -70,6 +70,8 @@ def make_base(model_type: str, folder: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.generation_config = transformers.GenerationConfig()  # the default one may name tokens that there are not
     model.save_pretrained(folder)
+    if model.config.model_type != config.model_type:  # the language model alone, which is loaded from the whole
+        config.save_pretrained(folder)
 
 
 def load(folder: Path) -> Any:
@@ -80,7 +82,7 @@ def load(folder: Path) -> Any:
 def describe(model: Any, model_type: str) -> dict[str, Any]:
     """What sort of model it is, read off its modules and its configuration."""
     text = model.config.get_text_config(decoder=True)
-    names = {type(module).__name__.lower() for module in model.modules()}
+    names = {type(module).__name__.lower() for module in (model.get_decoder() or model).modules()}
     has = {
         "recurrent": any(word in name for name in names for word in _RECURRENT if name != "conv1d"),
         "attention": any("attention" in name and "linearattention" not in name for name in names),
@@ -225,12 +227,17 @@ def train_and_save(model_type: str, folder: Path) -> dict[str, Any]:
     torch.manual_seed(1)
     model = attach_method(model, LoraConfig())
     layers = [module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
-    adapted = sum(weights.get(id(layer.get_base_layer().weight), 0) for layer in layers)
+    adapted = sum(weights.get(id(_weight(layer)), 0) for layer in layers)
     facts |= {"modules": len(layers), "share": adapted / sum(weights.values())}
     facts |= train_two_steps(model)
     model.save_pretrained(folder / "adapter")
     torch.save(logits_of(model), folder / "logits.pt")
     return facts
+
+
+def _weight(layer: Any) -> torch.nn.Parameter:
+    """The weight that an adapter belongs to: of a linear layer, or a parameter of experts or a router."""
+    return layer.get_param() if hasattr(layer, "parameter_name") else layer.get_base_layer().weight
 
 
 def load_and_compare(folder: Path) -> dict[str, float]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from rayloom.errors import RequestError
 from rayloom.methods.config import FullConfig, LoraConfig
+from rayloom.methods.targets import linear_layers
 
 
 def attach_method(model: Any, method: LoraConfig | FullConfig) -> Any:
@@ -24,7 +25,7 @@ def attach_method(model: Any, method: LoraConfig | FullConfig) -> Any:
         r=method.rank,
         lora_alpha=alpha,
         lora_dropout=method.dropout,
-        target_modules="all-linear" if method.target == "all" else method.target,
+        target_modules=linear_layers(model) if method.target == "all" else method.target,
     )
     try:
         return peft.get_peft_model(model, config)

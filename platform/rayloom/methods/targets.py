@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from typing import Any
+
+# Fused kernels of these models take the weight itself and pass an adapter by; PEFT refuses it there.
+_FUSED = {"falcon_h1": "out_proj", "falcon_mamba": "out_proj", "mamba": "out_proj", "mamba2": "out_proj"}
+_FUSED |= {"nemotron_h": "out_proj"}
+
+# PEFT renames the adapter's keys to those of the checkpoint when it loads it, and then does not find the layer.
+_LOST_ON_LOADING = {"laguna": "shared_experts"}
 
 
 def linear_layers(model: Any, *, skip: Collection[str] = ()) -> list[str]:
     """Full names of every linear layer but the output head, in the model's order.
 
     A linear layer is a `torch.nn.Linear`, quantized ones among them, or GPT-2's `Conv1D`, which is one with its weight
-    transposed. Not one are weights that a model multiplies with by itself: the experts of most mixtures stand in one
-    parameter with three dimensions, which no adapter on modules reaches.
+    transposed. Left out are
+
+    - weights that a model multiplies with by itself, such as experts that stand in one parameter of three dimensions:
+      there is no module to put an adapter on;
+    - layers that are a `Linear` by name only: their own `forward` returns or takes something else (routers, groups);
+    - layers that share their weight with another one (Zamba's attention): each would get an adapter of its own, and
+      the weight cannot take both when they are merged;
+    - layers of a model type that are known to pass an adapter by, or to lose it on loading.
 
     Args:
         model: a transformers model without adapters.
@@ -20,17 +34,25 @@ def linear_layers(model: Any, *, skip: Collection[str] = ()) -> list[str]:
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    head = model.get_output_embeddings()
-    unadapted = {f"{name}." for name in (*skip, *_opaque(model))}
+    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    uses = Counter(id(module.weight) for _, module in modules)
+    head, prefixes = model.get_output_embeddings(), tuple(f"{name}." for name in skip)
+    model_type = str(model.config.get_text_config(decoder=True).model_type)
+    unfit = {table[model_type] for table in (_FUSED, _LOST_ON_LOADING) if model_type in table}
     return [
         name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D)
-        and module is not head
-        and not any(f"{name}.".startswith(prefix) for prefix in unadapted)
+        for name, module in modules
+        if module is not head
+        and not f"{name}.".startswith(prefixes)
+        and not unfit & set(name.split("."))
+        and (uses[id(module.weight)] == 1 or module.weight is getattr(head, "weight", None))
+        and not _has_a_forward_of_its_own(module)
     ]
 
 
-def _opaque(model: Any) -> list[str]:
-    """Linear layers whose output is not a function of `forward(input)` alone: an adapter around them does nothing."""
-    return []
+def _has_a_forward_of_its_own(module: Any) -> bool:
+    """Whether a model's code redefines `forward`; what quantizes a layer does too, and keeps what it computes."""
+    import torch
+
+    forward_of = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+    return issubclass(forward_of, torch.nn.Linear) and forward_of.__module__.startswith("transformers.models.")
