@@ -36,9 +36,13 @@ def _data() -> dict[str, Any]:
     return yaml.safe_load(Path(__file__).with_name("tiny_configs.yaml").read_text(encoding="utf-8"))
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
-    """About 100 thousand parameters, and still one layer of each kind that the model type has."""
-    return _shrink(CONFIG_MAPPING[model_type], _data()["types"].get(model_type, {}))
+def tiny_config(model_type: str, **fields: Any) -> PreTrainedConfig:
+    """About 100 thousand parameters, and still one layer of each kind that the model type has.
+
+    Args:
+        fields: of the configuration, whatever the rules say.
+    """
+    return _shrink(CONFIG_MAPPING[model_type], _data()["types"].get(model_type, {}) | fields)
 
 
 def _shrink(cls: type[PreTrainedConfig], exceptions: Mapping[str, Any]) -> PreTrainedConfig:

@@ -6,7 +6,7 @@ from typing import Any
 
 from rayloom.errors import RequestError
 from rayloom.methods.config import FullConfig, LoraConfig
-from rayloom.methods.targets import linear_layers
+from rayloom.methods.targets import linear_layers, peft_targets
 
 
 def attach_method(model: Any, method: LoraConfig | FullConfig) -> Any:
@@ -19,13 +19,15 @@ def attach_method(model: Any, method: LoraConfig | FullConfig) -> Any:
         return model
     import peft
 
+    modules, parameters = peft_targets(model, linear_layers(model)) if method.target == "all" else (method.target, [])
     alpha: Any = 2 * method.rank if method.alpha is None else method.alpha
     config = peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM,
         r=method.rank,
         lora_alpha=alpha,
         lora_dropout=method.dropout,
-        target_modules=linear_layers(model) if method.target == "all" else method.target,
+        target_modules=modules,
+        target_parameters=parameters or None,
     )
     try:
         return peft.get_peft_model(model, config)

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 # Fused kernels of these models take the weight itself and pass an adapter by; PEFT refuses it there.
 _FUSED = {"falcon_h1": "out_proj", "falcon_mamba": "out_proj", "mamba": "out_proj", "mamba2": "out_proj"}
 _FUSED |= {"nemotron_h": "out_proj"}
 
+# A `forward` of their own that computes what a linear layer does.
+_PLAIN = {"FalconLinear"}
+
 # PEFT renames the adapter's keys to those of the checkpoint when it loads it, and then does not find the layer.
 _LOST_ON_LOADING = {"laguna": "shared_experts"}
+
+
+def peft_targets(model: Any, layers: Sequence[str]) -> tuple[list[str], list[str]]:
+    """`target_modules` and `target_parameters` by which PEFT adapts these layers, and nothing else.
+
+    In mixtures of experts that transformers 4 had as modules, PEFT takes layers with an expert's name (`gate_proj` of
+    a dense layer or of a shared expert) for the experts of an old adapter, and adapts the experts instead. There such
+    a layer goes by its weight. Adapters on weights have no dropout and no DoRA.
+    """
+    from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
+
+    pattern = _MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type)
+    experts = tuple(f".{name}" for name in _MOE_TARGET_MODULE_MAPPING.get(pattern or "", ()))
+    modules = [name for name in layers if not name.endswith(experts)] if experts else list(layers)
+    taken = set(modules)
+    return modules, [f"{name}.weight" for name in layers if name not in taken]
 
 
 def linear_layers(model: Any, *, skip: Collection[str] = ()) -> list[str]:
@@ -55,4 +74,5 @@ def _has_a_forward_of_its_own(module: Any) -> bool:
     import torch
 
     forward_of = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
-    return issubclass(forward_of, torch.nn.Linear) and forward_of.__module__.startswith("transformers.models.")
+    of_a_model = issubclass(forward_of, torch.nn.Linear) and forward_of.__module__.startswith("transformers.models.")
+    return of_a_model and forward_of.__name__ not in _PLAIN

@@ -13,6 +13,7 @@ from rayloom.data.segment import Encoder, SegmentOptions
 from rayloom.data.store import find_store
 from rayloom.data.template import resolve_template
 from rayloom.models.load import check_model_path, load_tokenizer
+from rayloom.models.model_type import check_model_type, read_config
 from rayloom.stages.pretrain import PretrainEncoder
 from rayloom.stages.sft import SftEncoder
 
@@ -21,11 +22,13 @@ def prepare_data(job: JobConfig) -> tuple[Plan, Encoder]:
     """Locate and check the data, load the tokenizer, settle the template.
 
     Raises:
-        RequestError: no such model, data that cannot be read or understood, no usable template.
+        RequestError: no such model, one that cannot train so, data that cannot be read or understood, no usable
+            template.
     """
     check_model_path(job.model.path)
     plan = make_plan(job.data, seed=job.train.seed, epochs=None if job.train.max_steps else job.train.epochs)
     check_rows(plan, segment_options(job))
+    check_model_type(read_config(job.model.path), job.model.path, packing=job.data.packing)
     tokenizer = load_tokenizer(job.model.path)
     return plan, _encoder(job, tokenizer)
 
