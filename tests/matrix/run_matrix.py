@@ -201,7 +201,6 @@ def main() -> int:
         return 0
     if options.write_packing:
         write_packing(rows, PACKING)
-    (HERE / "matrix.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     write_page(rows, HERE / "matrix.md")
     faults = [] if options.write_packing else list(disagreements(rows))
     print(*faults, f"{passed} of {len(rows)} types pass", sep="\n")
