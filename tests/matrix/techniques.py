@@ -45,6 +45,7 @@ SECONDS = 240
 OUTCOMES = ("trains", "refused", "not built", "fails")
 
 _FORK = multiprocessing.get_context("fork")
+_STAGES = {"none": 0, "zero2": 2, "zero3": 3}
 _UNKNOWN = re.compile(r"unknown key|: unknown '")
 
 
@@ -118,7 +119,7 @@ def judge(cell: Cell, table: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _reason(cell: Cell, error: RequestError) -> str:
-    return " ".join("; ".join(error.messages).removeprefix(f"{cell}: ").split())
+    return " ".join("; ".join(message.removeprefix(f"{cell}: ") for message in error.messages).split())
 
 
 def _fault(job: JobConfig, result: Mapping[str, Any]) -> str | None:
@@ -129,8 +130,9 @@ def _fault(job: JobConfig, result: Mapping[str, Any]) -> str | None:
         return f"{result['steps']} steps with losses {losses}"
     if result["precision"] != job.train.precision:
         return f"computed in {result['precision']}"
-    if (job.train.deepspeed == "none") != ("DeepSpeed" not in result["engine"]):
-        return f"trained by {result['engine']}"
+    stage = _STAGES[job.train.deepspeed]
+    if result["engine"]["zero_stage"] != stage:
+        return f"trained by {result['engine']}, not ZeRO stage {stage}"
     share = _share(result)
     if (share == 1) != (job.method.type == "full"):
         return f"{share:.1%} of the parameters train"
