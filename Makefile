@@ -3,7 +3,7 @@
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-ray test-slow test-tokenizers bench bench-data bench-memory lint format clean
+.PHONY: help setup demo test test-unit test-ray test-slow test-tokenizers bench bench-data bench-memory matrix techniques lint format clean
 # Checks go from quick to slow, and two test runs at once would starve each other.
 .NOTPARALLEL:
 
@@ -29,6 +29,12 @@ test-slow: setup ## tests on Ray that start the workers several times (four minu
 
 test-tokenizers: setup ## chat templates and cuts with ten real tokenizers (downloads 77 MB once)
 	$(RUN) bash tests/real_tokenizers.sh
+
+matrix: setup ## every causal model type of transformers: train, save, load, merge; writes tests/matrix/matrix.md (five minutes)
+	$(RUN) PYTHONPATH=. OMP_NUM_THREADS=1 .venv/bin/python tests/matrix/run_matrix.py
+
+techniques: setup ## every method with every feature under every DeepSpeed stage; writes tests/matrix/techniques.md (an hour)
+	$(RUN) PYTHONPATH=. OMP_NUM_THREADS=1 .venv/bin/python tests/matrix/techniques.py
 
 bench: setup ## measure training speed on this machine
 	$(RUN) .venv/bin/python tests/bench/bench_train.py

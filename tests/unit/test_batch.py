@@ -38,6 +38,11 @@ def test_a_batch_that_trains_nothing_keeps_one_position(rows):
     assert batch["labels"].tolist() == [[-100]]
 
 
+def test_a_model_counts_positions_by_itself_where_nothing_is_packed():
+    assert "position_ids" not in make_batch(table(ROWS[1:]), 0)
+    assert make_batch(table(ROWS), 0)["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 0, 1]]
+
+
 def test_the_loss_and_its_gradients_are_those_of_all_logits(tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64, use_cache=False)
     whole = {name: torch.from_numpy(array) for name, array in collate(table(ROWS), 0).items()}

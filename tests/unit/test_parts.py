@@ -6,7 +6,8 @@ import pytest
 import torch
 import transformers
 
-from rayloom.models.parts import freeze_parts, frozen_modules, linear_layers, parts_of
+from rayloom.methods.targets import linear_layers
+from rayloom.models.parts import freeze_parts, frozen_modules, parts_of
 
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
 CLIP = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,

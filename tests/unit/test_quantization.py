@@ -13,11 +13,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from rayloom.errors import RequestError
+from rayloom.methods.targets import linear_layers
 from rayloom.models.architecture import read_architecture
 from rayloom.models.check import check_model
 from rayloom.models.config import ModelConfig
 from rayloom.models.load import load_causal_lm
-from rayloom.models.parts import linear_layers
 from rayloom.models.precision import cast_trained
 from rayloom.models.quantization import Quantized, quantized_as
 

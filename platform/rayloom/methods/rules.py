@@ -62,4 +62,22 @@ def _sharded_weights(job: JobConfig) -> str | None:
     return f"train.deepspeed: zero3 has shards of weights only, and {why}; use zero2" if why else None
 
 
-_RULES: tuple[Callable[[JobConfig], str | None], ...] = (_packed_prompts, _checkpointed_prefix, _sharded_weights)
+def _new_tokens(job: JobConfig) -> str | None:
+    """Rows that nobody trains would stay the noise that they begin as."""
+    model, method = job.model, job.method
+    key = "add_tokens" if model.add_tokens else "add_special_tokens"
+    if not (model.add_tokens or model.add_special_tokens) or method.type == "full":
+        return None
+    if not isinstance(method, LoraConfig):
+        return f"model.{key}: the rows of new tokens train with method.type lora or full; {method.type} trains none of them"
+    if method.continues:
+        return f"model.{key}: the adapter that goes on knows no new tokens; say method.new_adapter: true"
+    return None
+
+
+_RULES: tuple[Callable[[JobConfig], str | None], ...] = (
+    _packed_prompts,
+    _checkpointed_prefix,
+    _sharded_weights,
+    _new_tokens,
+)

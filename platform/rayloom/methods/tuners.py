@@ -11,7 +11,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from rayloom.errors import RequestError
 from rayloom.methods.config import AdapterConfig, Ia3Config, OftConfig, PeftConfig, VeraConfig
 from rayloom.methods.names import nearest
-from rayloom.methods.wrap import extra_modules, first_line, peft_target, wrap
+from rayloom.methods.targets import linear_layers
+from rayloom.methods.wrap import extra_modules, first_line, wrap
 
 _TASK = peft.TaskType.CAUSAL_LM
 _OFT_BLOCK = 32
@@ -41,7 +42,7 @@ def attach_oft(model: Any, method: OftConfig, empty: bool) -> Any:
         r=method.blocks or 0,
         oft_block_size=0 if method.blocks else method.block_size or _OFT_BLOCK,
         module_dropout=method.dropout,
-        target_modules=peft_target(method.target),
+        target_modules=linear_layers(model) if method.target == "all" else method.target,
         use_cayley_neumann=not method.exact,
         coft=method.constrained is not None,
         eps=method.constrained or 6e-5,
@@ -78,7 +79,7 @@ def attach_vera(model: Any, method: VeraConfig, empty: bool) -> Any:
         r=method.rank,
         vera_dropout=method.dropout,
         d_initial=method.d_initial,
-        target_modules=peft_target(method.target),
+        target_modules=linear_layers(model) if method.target == "all" else method.target,
         modules_to_save=extra_modules(model, method.extra_modules),
     )
     return wrap(model, config, "method.target", empty)

@@ -26,11 +26,6 @@ def wrap(model: Any, config: peft.PeftConfig, key: str, empty: bool) -> Any:
         raise RequestError(f"{key}: {first_line(error)}") from None
 
 
-def peft_target(target: str | list[str]) -> str | list[str]:
-    """`target` of a job as PEFT's `target_modules`."""
-    return "all-linear" if target == "all" else target
-
-
 def extra_modules(model: Any, names: list[str]) -> list[str] | None:
     """`extra_modules` of a job as PEFT's `modules_to_save`: whole names, for PEFT would take `norm` for the end of
     `input_layernorm` too."""

@@ -51,22 +51,3 @@ def frozen_modules(model: Any, train: Collection[Part] = LANGUAGE) -> list[str]:
         if own and not any(part in train for part in own):
             found.append(name)
     return found
-
-
-def linear_layers(model: Any) -> list[str]:
-    """Names of the language model's linear layers, quantized or not, without the output layer: what `all` targets.
-
-    PEFT's own "all-linear" does not see the layers of hqq, and takes those of a vision tower too.
-    """
-    frozen = tuple(f"{name}." for name in frozen_modules(model))
-    head = model.get_output_embeddings()
-    return [
-        name
-        for name, module in model.named_modules()
-        if module is not head and _is_linear(module) and not f"{name}.".startswith(frozen)
-    ]
-
-
-def _is_linear(module: Any) -> bool:
-    """Also GPT-2's transposed layers, and hqq's, which are no `torch.nn.Linear`."""
-    return any(kind.__name__ in ("Linear", "Conv1D", "HQQLinear") for kind in type(module).__mro__)

@@ -12,6 +12,7 @@ from rayloom.data.plan import Plan
 from rayloom.data.segment import Encoder, SegmentOptions
 from rayloom.data.store import find_store
 from rayloom.data.template import resolve_template
+from rayloom.models.model_type import check_model_type
 from rayloom.models.source import check_model_path
 from rayloom.models.text_tokenizer import TokenizerState
 from rayloom.models.tokenizer import TokenizerSource, load_tokenizer
@@ -23,7 +24,8 @@ def prepare_data(job: JobConfig) -> tuple[Plan, Encoder]:
     """Locate and check the data, load the tokenizer, settle the template.
 
     Raises:
-        RequestError: no such model, data that cannot be read or understood, no usable template.
+        RequestError: no such model, one that cannot train so, data that cannot be read or understood, no usable
+            template.
     """
     return plan_data(job), make_encoder(job)
 
@@ -37,6 +39,7 @@ def plan_data(job: JobConfig) -> Plan:
     check_model_path(job.model)
     plan = make_plan(job.data, seed=job.train.seed, epochs=None if job.train.max_steps else job.train.epochs)
     check_rows(plan, segment_options(job))
+    check_model_type(job.model, packing=job.data.packing)
     return plan
 
 

@@ -15,6 +15,9 @@ Batch = dict[str, torch.Tensor]
 def make_batch(table: pa.Table, pad_token: int) -> Batch:
     """The rows of `table`, padded: `input_ids`, `position_ids` (batch, length), and of the rest only what is trained.
 
+    Where no row is packed there are no `position_ids`: a model knows its own, and those of some do not begin at 0
+    (RoBERTa's) or are no argument of theirs.
+
     The output layer and the softmax over the vocabulary are a large part of a small model's work and of any model's
     memory; at a position whose next token has no label they compute what the loss throws away. So a batch says where
     its trained tokens are: `positions` (kept,), numbers into the flattened (batch * length); `shift_labels` and
@@ -22,12 +25,19 @@ def make_batch(table: pa.Table, pad_token: int) -> Batch:
     where they are given some. `TrainedPositions` makes a model follow. The loss is the same sum.
     """
     batch = {name: torch.from_numpy(array) for name, array in collate(table, pad_token).items()}
+    if not _is_packed(table):
+        del batch["position_ids"]
     targets = torch.nn.functional.pad(batch.pop("labels")[:, 1:], (0, 1), value=IGNORED).flatten()
     positions = (targets != IGNORED).nonzero().squeeze(-1)
     if len(positions) == 0:  # nothing is trained; one logit keeps the graph whole
         positions = torch.zeros(1, dtype=torch.long)
     kept = targets[positions].unsqueeze(0)
     return {**batch, "labels": kept, "shift_labels": kept, "positions": positions}
+
+
+def _is_packed(table: pa.Table) -> bool:
+    """Whether a row holds more than one example."""
+    return any(positions.values.to_numpy().tolist().count(0) > 1 for positions in table["position_ids"])
 
 
 class TrainedPositions:

@@ -96,7 +96,15 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
 
 def _check_model(job: JobConfig, device: str) -> None:
     known = None if device == "auto" else device
-    check_model(job.model, cutoff=job.data.cutoff, device=known, zero3=job.train.deepspeed == "zero3")
+    zero3 = job.train.deepspeed == "zero3"
+    _, quantized = check_model(job.model, cutoff=job.data.cutoff, device=known, zero3=zero3)
+    if quantized is not None and quantized.is_frozen and job.method.type in ("full", "freeze"):
+        raise RequestError(
+            f"method.type: {job.method.type} trains the model's own weights, and weights quantized with "
+            f"{quantized.method} cannot; use lora, or leave model.quantization out"
+        )
+
+
 def _check_method(job: JobConfig) -> None:
     """Refuse a method that does not fit the model, from a model without weights. Imports torch and PEFT."""
     if job.method.type == "full":
