@@ -48,7 +48,7 @@ def count_parameters(model: torch.nn.Module) -> ParameterReport:
     trained, everything, size = 0, 0, 0
     kinds: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        count = _count(parameter)
+        count = size_of(parameter)
         everything += count
         if parameter.requires_grad:
             trained += count
@@ -59,7 +59,7 @@ def count_parameters(model: torch.nn.Module) -> ParameterReport:
     return ParameterReport(trained, everything, size, ordered)
 
 
-def _count(parameter: torch.nn.Parameter) -> int:
+def size_of(parameter: torch.nn.Parameter) -> int:
     """Elements of a parameter: `ds_numel` where ZeRO-3 has cut it up; the packed 4-bit weights of bitsandbytes hold
     two values or more in each element, and `quant_state` knows their real shape."""
     if hasattr(parameter, "ds_numel"):

@@ -69,7 +69,7 @@ def _new_tokens(job: JobConfig) -> str | None:
     if not (model.add_tokens or model.add_special_tokens) or method.type == "full":
         return None
     if not isinstance(method, LoraConfig):
-        return f"model.{key}: the rows of new tokens train with method.type lora or full; {method.type} trains none of them"
+        return f"model.{key}: rows of new tokens train with method.type lora or full; {method.type} leaves them be"
     if method.continues:
         return f"model.{key}: the adapter that goes on knows no new tokens; say method.new_adapter: true"
     return None

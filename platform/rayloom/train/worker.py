@@ -24,7 +24,7 @@ from rayloom.errors import RequestError
 from rayloom.methods.attach import attach_method
 from rayloom.methods.optimizers.build import optim_name
 from rayloom.methods.optimizers.support import check_precision
-from rayloom.methods.parameters import count_parameters
+from rayloom.methods.parameters import count_parameters, size_of
 from rayloom.methods.save import finish_saved, keep_start
 from rayloom.models.load import load_causal_lm
 from rayloom.models.precision import Precision, cast_trained, choose_precision, computes_bf16, computing_dtype
@@ -173,7 +173,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
         "eval": evaluation,
         "precision": precision,
         "engine": engine_of(trainer.model_wrapped),
-        "parameters": parameters.as_dict() | {"trained": sum(_size(p) for p in trainer.trained)},
+        "parameters": parameters.as_dict() | {"trained": sum(map(size_of, trainer.trained))},
     }
 
 
