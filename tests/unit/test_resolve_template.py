@@ -9,7 +9,7 @@ import pytest
 from tests.chat import MARKED, SINGLE, render_one, renderer_of, trained_runs
 from transformers import AutoTokenizer
 
-from rayloom.data.template import resolve_template
+from rayloom.data.template_choice import resolve_template
 from rayloom.data.template_library import library_template
 from rayloom.errors import RequestError
 

@@ -8,100 +8,20 @@ them is the answer. The whole text is tokenized once, so the ids are exactly `ap
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, TypeVar
-
-import jinja2
 
 from rayloom.data.example import Example, Message
 from rayloom.data.spans import FixedTokens, Span, begins_inside_character, token_range, tokens_between
-from rayloom.data.template_library import known_names, library_template
-from rayloom.errors import RequestError
-from rayloom.models.families import family_of
 from rayloom.models.text_tokenizer import TextTokenizer
 
 _T = TypeVar("_T")
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""What begins the part of a template that an answer makes."""
 _STAND_IN = re.compile("\ue000(\\d+)\ue001")
 """What stands in for a message's text to find where the template puts it: characters that no template knows."""
-
-
-def resolve_template(template: str, tokenizer: Any, model_path: str) -> str:
-    """The Jinja text for the job's `data.template`: `auto`, a name of the library, or the path of a `.jinja` file.
-
-    `auto` is the model's own template, or TRL's training version of it, where TRL is installed and has one: that marks
-    the answers, and renders earlier turns as they were learnt. A model without a template has its family's.
-
-    Raises:
-        RequestError: a model without its own template, an unknown name, a file that is not there, or no template in it.
-    """
-    if template == "auto":
-        own = tokenizer.chat_template
-        if isinstance(own, dict):
-            own = own.get("default")
-        if not own:
-            return _family_template(model_path)
-        return own if _GENERATION.search(own) else _training_version(tokenizer, own) or own
-    named = library_template(template)
-    if named is not None:
-        return named
-    file = Path(template).expanduser()
-    if file.suffix != ".jinja" or not file.is_file():
-        raise RequestError(_unknown(template))
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{template}: cannot be read as text: {error}") from None
-    try:
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
-            chat_template=text,
-            tokenize=False,
-        )
-    except jinja2.TemplateSyntaxError as error:
-        raise RequestError(f"{template}:{error.lineno}: not a template: {error.message}") from None
-    except Exception as error:  # a template may do whatever Python can: divide by zero, add text to nothing
-        raise RequestError(f"{template}: the template does not render a plain conversation: {error}") from None
-    return text
-
-
-def _family_template(model_path: str) -> str:
-    """The library's template for the family that the model's name belongs to."""
-    family = family_of(model_path)
-    named = library_template(family.template) if family and family.template else None
-    if named is None:
-        raise RequestError(
-            f"data.template: auto: {model_path} has no chat template; name one that `rayloom templates` lists, "
-            "or a .jinja file"
-        )
-    return named
-
-
-def _training_version(tokenizer: Any, own: str) -> str | None:
-    """TRL's version of a model's own template, which it knows by its text; to import TRL takes seconds."""
-    (folder,) = find_spec("trl").submodule_search_locations  # type: ignore[union-attr, misc]
-    if not any(file.read_text(encoding="utf-8") == own for file in Path(folder, "chat_templates").glob("*.jinja")):
-        return None
-    from trl.chat_template_utils import get_training_chat_template
-
-    try:
-        return get_training_chat_template(tokenizer)
-    except Exception:  # it has none (ValueError), or what it tries on the template fails there
-        return None
-
-
-def _unknown(template: str) -> str:
-    near = difflib.get_close_matches(template, known_names(), n=1, cutoff=0.7)
-    guess = f"did you mean {near[0]!r}? Give" if near else "give"
-    return (
-        f"data.template: unknown {template!r}; {guess} `auto`, a name that `rayloom templates` lists, "
-        "or the path of a .jinja file that exists"
-    )
 
 
 @dataclass(frozen=True)
@@ -150,7 +70,7 @@ class Renderer:
         self._variables = dict(tokenizer.special_tokens)
         if enable_thinking is not None:
             self._variables["enable_thinking"] = enable_thinking
-        self._marks_answers = bool(_GENERATION.search(template))
+        self._marks_answers = bool(GENERATION.search(template))
         self._end_of_turn = tuple(tokenizer.added)
         self._fixed = FixedTokens.of(tokenizer)
 

@@ -11,7 +11,7 @@ from rayloom.data.index import check_rows, make_plan
 from rayloom.data.plan import Plan
 from rayloom.data.segment import Encoder, SegmentOptions
 from rayloom.data.store import find_store
-from rayloom.data.template import resolve_template
+from rayloom.data.template_choice import resolve_template
 from rayloom.models.model_type import check_model_type
 from rayloom.models.source import check_model_path
 from rayloom.models.text_tokenizer import TokenizerState
