@@ -1,4 +1,4 @@
-"""Each recipe of `jobs/methods/` trains two steps on a tiny model, and what it saves loads."""
+"""Each recipe of `jobs/methods/` and `jobs/models/` trains two steps on a tiny model, and what it saves loads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rayloom.methods.config import LoraConfig
 from rayloom.train.driver import run_job
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = sorted((ROOT / "jobs" / "methods").glob("*.yaml"))
+RECIPES = [path for folder in ("methods", "models") for path in sorted((ROOT / "jobs" / folder).glob("*.yaml"))]
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("connected")]
 
 # What suits thirty layers does not suit two.
@@ -26,6 +26,7 @@ SMALLER = {
     "llama-pro": ["method.expand=1"],
     "llama-adapter": ["method.layers=1"],
     "second-adapter": ["method.adapters=[ADAPTER]"],
+    "long-context": ["data.cutoff=256"],
 }
 
 

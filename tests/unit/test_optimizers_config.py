@@ -21,7 +21,7 @@ from rayloom.methods.optimizers.build import library_class, optim_name
 from rayloom.methods.optimizers.config import LibraryConfig, OptimizerConfig
 from rayloom.methods.optimizers.support import SUPPORT, check_environment, check_precision
 
-JOBS = Path(__file__).resolve().parents[2] / "jobs"
+JOBS = Path(__file__).resolve().parents[2] / "jobs" / "optimizers"
 OURS = {"badam", "muon", "adam_mini"}
 CLASSES = {
     kind: member
