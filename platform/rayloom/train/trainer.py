@@ -282,8 +282,9 @@ class StreamTrainer(transformers.Trainer):
         super()._save_checkpoint(model, trial)
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         folder.mkdir(exist_ok=True)
-        if self.is_world_process_zero() and not self.is_deepspeed_enabled:  # which keeps all of its state itself
-            save_trained(self.model, folder)
+        if self.is_world_process_zero():
+            if not self.is_deepspeed_enabled:  # which keeps all of its state itself
+                save_trained(self.model, folder)
             self.meter.save(folder, self.state.global_step)
         ray.train.report(
             {"step": self.state.global_step},
