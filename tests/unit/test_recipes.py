@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from rayloom.config.job import JobConfig
 from rayloom.config.read import read_job
 from rayloom.methods.config import FullConfig, LoraConfig
 from rayloom.methods.rules import check_combination
@@ -19,6 +20,7 @@ def test_a_recipe_is_a_job(recipe):
     job = read_job(recipe)
     assert job.name == recipe.stem
     check_combination(job)
+    assert JobConfig.model_validate(job.model_dump(mode="json")) == job, "as it reaches the workers"
     assert recipe.read_text().startswith("# "), "a recipe begins with what it shows"
     assert all((JOBS.parent / item.path).exists() for item in job.data.train)
 

@@ -39,7 +39,7 @@ def test_a_token_that_is_there_already(tiny_model):
         ({"add_tokens": ["b"], "token_descriptions": {"b": " "}}, "the description of 'b' is empty"),
         ({"shifted_attention": True, "attention": "eager"}, "`shifted_attention` computes with sdpa"),
         ({"quantization": "nf4", "train_from_scratch": True}, "which a quantized one cannot"),
-        ({"quantization": {"type": "int8", "bits": 4}}, "`bits` says nothing for type int8; it belongs to hqq"),
+        ({"quantization": {"type": "int8", "bits": 2}}, "`bits` says nothing for type int8; it belongs to hqq"),
         ({"quantization": {"type": "hqq", "group_size": 20}}, "`group_size` must be a multiple of 8, not 20"),
         ({"kernels": "unsloth", "train_from_scratch": True}, "`kernels: unsloth` loads a model's own weights"),
     ],

@@ -30,8 +30,9 @@ class QuantizationConfig(ConfigPart):
     @model_validator(mode="after")
     def _fields_belong_to_the_type(self) -> QuantizationConfig:
         owners = {"double": ("nf4", "fp4"), "threshold": ("int8",), "bits": ("hqq",), "group_size": ("hqq",)}
-        for name in self.model_fields_set - {"type"}:
-            if self.type not in owners[name]:
+        for name in owners:  # a job that was written out says every value
+            said = getattr(self, name) != type(self).model_fields[name].default
+            if said and self.type not in owners[name]:
                 raise ValueError(f"`{name}` says nothing for type {self.type}; it belongs to {', '.join(owners[name])}")
         if self.group_size % 8:
             raise ValueError(f"`group_size` must be a multiple of 8, not {self.group_size}")
@@ -85,7 +86,8 @@ class ModelConfig(ConfigPart):
     """For added tokens what they mean: such a token begins as the mean of its description's embeddings, any other as
     the mean of all embeddings and noise."""
     vocab_multiple: Whole = Field(default=64, ge=1)
-    """Where the tokenizer knows more tokens than the model, the vocabulary grows to the next multiple of this."""
+    """Where the tokenizer knows more tokens than the model, the vocabulary grows to the next multiple of this. A saved
+    adapter loads on a model that has grown alike: `resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)`."""
     moe_aux_loss: Number | None = Field(default=None, ge=0)
     """Coefficient of the loss that keeps a mixture's experts equally busy. Left out: none is added."""
     kernels: Literal["none", "liger", "unsloth"] = "none"
