@@ -46,7 +46,8 @@ def lora_config(model: Any, method: LoraConfig, new_tokens: Sequence[int], empty
     init: Any = True if empty else _INIT.get(method.init, method.init)
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
     named = {name.rpartition(".")[2] for name, module in model.named_modules() if module in embeddings}
-    tied = model.config.get_text_config().tie_word_embeddings and bool(named & set(method.extra_modules))
+    ties = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    tied = ties and bool(named & set(method.extra_modules))
     modules, weights = peft_targets(model, method.target)
     return peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM,

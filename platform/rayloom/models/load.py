@@ -94,10 +94,13 @@ def _weights(
     auto = getattr(transformers, architecture.auto_class)
     known = auto._model_mapping.get(type(architecture.config), None)  # None: it comes with the model
     if known is not None and not isinstance(known, tuple):
+        # Of a composite model transformers may know a class for the language model alone, and then builds that one.
+        of_text = isinstance(architecture.text, known.config_class)
+        config = architecture.text if of_text else architecture.config
         if model.shifted_attention:
-            check_shifted_attention(known, architecture.config)
+            check_shifted_attention(known, config)
         if Path(source).is_dir() and not model.train_from_scratch and not (quantized and quantized.in_checkpoint):
-            _check_tensors(model, known, architecture.config, Path(source))
+            _check_tensors(model, known, config, Path(source))
     options: dict[str, Any] = {
         "dtype": dtype,
         "trust_remote_code": model.trust_remote_code,

@@ -24,7 +24,7 @@ def parts_of(model: Any) -> dict[str, Part]:
 
     for modality, part in _MODALITIES:
         encoder = model.get_encoder(modality=modality)
-        if encoder is not model and encoder is not model.base_model:
+        if encoder is not None and encoder is not model and encoder is not model.base_model:
             own(encoder, part)
     for module in (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()):
         if module is not None:
@@ -42,6 +42,8 @@ def freeze_parts(model: Any, train: Collection[Part] = LANGUAGE) -> None:
 
 def frozen_modules(model: Any, train: Collection[Part] = LANGUAGE) -> list[str]:
     """Names of the largest modules that hold nothing to train: where a method must not put adapters."""
+    if model.config.get_text_config(decoder=True) is model.config:
+        return []  # it is a language model and nothing else, whatever stands between its decoder and its output layer
     parts = parts_of(model)
     found: list[str] = []
     for name, module in model.named_modules():
