@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from rayloom.methods.optimizers.badam import BAdam
 
 WORKS = [case for case in CASES if "layerwise" not in case]
 STEPS = 5
+SECONDS = 240
 
 
 def _worker(rank: int, folder: str) -> None:
@@ -29,13 +32,17 @@ def _worker(rank: int, folder: str) -> None:
         for step in range(STEPS):
             train_step(wrapped, optimizer, step, rank)
         torch.save(model.state_dict(), f"{folder}/{case}-{rank}.pt")
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # taking gloo down beside DDP's buffers has been seen to hang
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ddp")
-    mp.spawn(_worker, (str(folder),), nprocs=2)
+    workers = mp.spawn(_worker, (str(folder),), nprocs=2, join=False, daemon=True)
+    until = time.monotonic() + SECONDS
+    while not workers.join(timeout=1):
+        assert time.monotonic() < until, f"two workers did not end in {SECONDS} s"
     return folder
 
 
