@@ -17,7 +17,8 @@ from rayloom.errors import JobError, RequestError
 from rayloom.jobs.client import connect, follow_logs, job_status
 from rayloom.jobs.local_head import LocalHead
 from rayloom.jobs.submit import submit
-from rayloom.models.load import load_causal_lm, load_tokenizer
+from rayloom.models.load import load_causal_lm
+from rayloom.models.tokenizer import load_tokenizer
 from rayloom.train.report import Reporter
 
 PROJECT = Path(__file__).resolve().parents[1]
