@@ -20,3 +20,9 @@ class RequestError(Exception):
 
 class JobError(Exception):
     """The job was right and failed: exit status 1. The message says what happened and what to do next."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, without the advice that follows it."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -131,7 +131,8 @@ def test_an_epoch_on_two_workers_sees_each_example_once(tiny_model: Path, data: 
         plain_sets,
         data={"cutoff": 256},
         method={"type": "full"},
-        train={"workers": 2, "batch_size": 3, "epochs": 2, "save_steps": 1000},
+        # The workers hold all four CPUs: what reads the data must do without.
+        train={"workers": 2, "cpus_per_worker": 2, "batch_size": 3, "epochs": 2, "save_steps": 1000},
     )
     result, rows = run(config)
     assert result["examples"] == {"short": 60, "long": 120}

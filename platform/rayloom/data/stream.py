@@ -172,7 +172,8 @@ def build_stream(
     tasks: dict[str, Any] = {"num_cpus": task_cpus, "compute": ray.data.TaskPoolStrategy(size=concurrency)}
     ranges = task_ranges(0 if first is None else 1, segments)
     with ray.data.DataContext.current(context):
-        given = [] if first is None else [ray.data.from_arrow(first.slice(start.row))]
+        # `from_arrow` would run a task of one CPU for it, which nobody gets where the workers hold them all.
+        given = [] if first is None else [ray.data.from_blocks([first.slice(start.row)])]
         if not ranges:
             return given[0]
         # The same resources and concurrency, so that Ray makes one task of the two steps.

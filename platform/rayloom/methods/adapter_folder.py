@@ -11,9 +11,9 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
-from rayloom.errors import RequestError
+from rayloom.errors import RequestError, first_line
 from rayloom.methods.names import short_list
-from rayloom.methods.wrap import first_line, wrap
+from rayloom.methods.wrap import wrap
 from rayloom.models.source import model_folder
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 import transformers
 
-from rayloom.errors import RequestError
+from rayloom.errors import RequestError, first_line
 from rayloom.models.architecture import read_architecture
 from rayloom.models.config import ModelConfig
 from rayloom.models.source import model_folder
-from rayloom.models.tokenizer import first_line
 
 
 def skeleton(model: ModelConfig) -> Any:

@@ -8,11 +8,11 @@ from typing import Any
 import peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from rayloom.errors import RequestError
+from rayloom.errors import RequestError, first_line
 from rayloom.methods.config import AdapterConfig, Ia3Config, OftConfig, PeftConfig, VeraConfig
 from rayloom.methods.names import nearest
 from rayloom.methods.targets import linear_layers
-from rayloom.methods.wrap import extra_modules, first_line, wrap
+from rayloom.methods.wrap import extra_modules, wrap
 
 _TASK = peft.TaskType.CAUSAL_LM
 _OFT_BLOCK = 32

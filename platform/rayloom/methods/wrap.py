@@ -6,7 +6,7 @@ from typing import Any
 
 import peft
 
-from rayloom.errors import RequestError
+from rayloom.errors import RequestError, first_line
 from rayloom.methods.names import modules_named
 
 
@@ -30,9 +30,3 @@ def extra_modules(model: Any, names: list[str]) -> list[str] | None:
     """`extra_modules` of a job as PEFT's `modules_to_save`: whole names, for PEFT would take `norm` for the end of
     `input_layernorm` too."""
     return modules_named(model, names, "method.extra_modules") or None
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, without the advice that follows it."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from rayloom.errors import RequestError
+from rayloom.errors import RequestError, first_line
+from rayloom.models.causal import why_not_causal
 from rayloom.models.config import ModelConfig
-from rayloom.models.source import model_folder, read_raw_config
-from rayloom.models.tokenizer import first_line
+from rayloom.models.source import model_folder, raw_config
 
 
 @dataclass(frozen=True)
@@ -67,16 +66,13 @@ def read_architecture(model: ModelConfig) -> Architecture:
         RequestError: there is none, its model type is unknown or needs code of its own that is not allowed, or the
             model is no causal language model.
     """
-    from transformers import AutoConfig, PreTrainedConfig
+    from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     source = model_folder(model.path)
     options = {"revision": model.revision or "main", "trust_remote_code": model.trust_remote_code}
     try:
-        if Path(source).is_dir():
-            raw = read_raw_config(Path(source))
-        else:
-            raw, _ = PreTrainedConfig.get_config_dict(source, revision=options["revision"])
+        raw = raw_config(model)
         model_type, remote = raw.get("model_type"), raw.get("auto_map") or {}
         if model_type not in CONFIG_MAPPING_NAMES:
             _check_remote_code(model, model_type, remote)
@@ -111,11 +107,9 @@ def _auto_class(model: ModelConfig, config: Any, remote: dict[str, Any]) -> str:
         "AutoModelForImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
         "AutoModelForMultimodalLM": modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
     }
-    if getattr(config, "is_encoder_decoder", False):
-        raise RequestError(
-            f"model.path: {model.path} (type {config.model_type}) is an encoder-decoder; "
-            "Rayloom trains causal language models, which have a decoder only"
-        )
+    refusal = why_not_causal({**config.to_dict(), "model_type": config.model_type})
+    if refusal is not None:
+        raise RequestError(f"model.path: {model.path} {refusal}")
     mapped = {name: mapping[config.model_type] for name, mapping in classes.items() if config.model_type in mapping}
     own = (getattr(config, "architectures", None) or [None])[0]
     for name, class_name in mapped.items():

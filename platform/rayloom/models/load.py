@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rayloom.errors import RequestError
+from rayloom.errors import RequestError, first_line
 from rayloom.models.architecture import Architecture, read_architecture
 from rayloom.models.attention import attention_implementation, check_shifted_attention, group_size
 from rayloom.models.checkpoint import Differences, check_differences, compare, tensor_shapes
@@ -23,7 +23,6 @@ from rayloom.models.quantization import Quantized, loading_options, quantized_as
 from rayloom.models.rope import scale_rope
 from rayloom.models.shifted_attention import use_shifted_attention
 from rayloom.models.source import as_model, model_folder
-from rayloom.models.tokenizer import first_line
 from rayloom.models.vocabulary import grow_vocabulary
 
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rayloom.errors import RequestError
+from rayloom.errors import RequestError, first_line
 from rayloom.models.config import ModelConfig
 from rayloom.models.wheel import SCHEME, check_wheel_path, wheel_folder
 
@@ -60,7 +60,7 @@ def _check_folder(model: ModelConfig, folder: Path) -> None:
     missing = [what for what, patterns in needed.items() if not any(any(folder.glob(one)) for one in patterns)]
     if missing:
         raise RequestError(f"model.path: the folder {model.path} has {_adapter_of(folder)}no {', no '.join(missing)}")
-    read_raw_config(folder)
+    _read_config(folder)
     if model.train_from_scratch:
         return
     if not any(folder.glob("*.safetensors")) and not model.allow_pickle:
@@ -91,11 +91,26 @@ def _check_shards(path: str, index: Path) -> None:
         )
 
 
-def read_raw_config(folder: Path) -> dict[str, Any]:
-    """`config.json` as it is written.
+def raw_config(model: ModelConfig) -> dict[str, Any]:
+    """A model's `config.json` as it is written; of a hub model it is fetched, and nothing else.
 
     Raises:
-        RequestError: it is no JSON object.
+        RequestError: there is none that can be read.
+    """
+    source = model_folder(model.path)
+    if Path(source).is_dir():
+        return _read_config(Path(source))
+    from transformers import PreTrainedConfig
+
+    try:
+        return dict(PreTrainedConfig.get_config_dict(source, revision=model.revision or "main")[0])
+    except (OSError, ValueError) as error:
+        raise RequestError(f"model.path: {model.path} has no usable config.json: {first_line(error)}") from None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Raises:
+    RequestError: it is no JSON object.
     """
     file = folder / "config.json"
     try:

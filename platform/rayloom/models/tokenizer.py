@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from rayloom.errors import RequestError
+from rayloom.errors import RequestError, first_line
 from rayloom.models.config import ModelConfig
 from rayloom.models.source import model_folder
 
@@ -70,8 +70,3 @@ def pad_token(tokenizer: Any) -> int:
         if candidate is not None:
             return int(candidate)
     return 0
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -89,8 +89,7 @@ def ray_trainer(work: Work, monitor: Any) -> Any:
             segments=work.segments(start),
             task_cpus=resources.task_cpus,
             concurrency=resources.task_concurrency,
-            # `from_arrow` runs a task of one CPU, which nobody gets where the workers hold them all.
-            first=work.first if start == Position() and resources.task_cpus else None,
+            first=work.first if start == Position() else None,
         )
 
     def eval_stream() -> ray.data.Dataset:
