@@ -31,7 +31,7 @@ def prepare_data(job: JobConfig) -> tuple[Plan, Encoder]:
 
 
 def plan_data(job: JobConfig) -> Plan:
-    """Locate and check the data; a second at most.
+    """Locate and check the data; light of libraries, so that what is wrong is told at once.
 
     Raises:
         RequestError: no such model, data that cannot be read or understood.
