@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -37,7 +38,7 @@ def make_batch(table: pa.Table, pad_token: int) -> Batch:
 
 def _is_packed(table: pa.Table) -> bool:
     """Whether a row holds more than one example."""
-    return any(positions.values.to_numpy().tolist().count(0) > 1 for positions in table["position_ids"])
+    return any(np.count_nonzero(positions.values.to_numpy() == 0) > 1 for positions in table["position_ids"])
 
 
 class TrainedPositions:
