@@ -14,8 +14,7 @@ from rayloom.methods.attach import attach_method
 from rayloom.methods.config import LoraConfig, OftConfig
 from rayloom.methods.names import modules_named, nearest
 from rayloom.methods.skeleton import skeleton
-
-_OFT_BLOCK = 32
+from rayloom.methods.tuners import OFT_BLOCK
 
 
 def check_method(job: JobConfig) -> None:
@@ -128,7 +127,7 @@ def _check_rank(method: LoraConfig, sizes: dict[str, tuple[int, int]], targets: 
 
 def _check_blocks(method: OftConfig, sizes: dict[str, tuple[int, int]], targets: list[str]) -> None:
     key = "blocks" if method.blocks else "block_size"
-    value = method.blocks or method.block_size or _OFT_BLOCK
+    value = method.blocks or method.block_size or OFT_BLOCK
     inputs = {sizes[name][0]: name for name in targets if name in sizes}
     for count, name in inputs.items():
         if count % value:

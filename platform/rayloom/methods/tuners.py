@@ -15,7 +15,8 @@ from rayloom.methods.targets import linear_layers
 from rayloom.methods.wrap import extra_modules, wrap
 
 _TASK = peft.TaskType.CAUSAL_LM
-_OFT_BLOCK = 32
+OFT_BLOCK = 32
+"""Rows and columns of a rotation where a job does not say."""
 
 # Tuners that a job cannot train by their configuration alone, and why.
 REFUSED_TUNERS = {
@@ -40,7 +41,7 @@ def attach_oft(model: Any, method: OftConfig, empty: bool) -> Any:
     config = peft.OFTConfig(
         task_type=_TASK,
         r=method.blocks or 0,
-        oft_block_size=0 if method.blocks else method.block_size or _OFT_BLOCK,
+        oft_block_size=0 if method.blocks else method.block_size or OFT_BLOCK,
         module_dropout=method.dropout,
         target_modules=linear_layers(model) if method.target == "all" else method.target,
         use_cayley_neumann=not method.exact,

@@ -1,0 +1,67 @@
+"""A local Ray of a job's own: it starts beside the checks, works, and leaves nothing, whatever became of the job."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+SESSION = """
+import json, sys, time
+import psutil
+from rayloom.errors import RequestError
+from rayloom.train.ray_session import prepare_environment, ray_session
+
+prepare_environment()
+seen = {"processes": [], "folder": None, "answer": None}
+
+def look():
+    children = psutil.Process().children(recursive=True)
+    seen["processes"] = [(child.pid, child.create_time()) for child in children]
+
+try:
+    with ray_session(verbose=False) as starting:
+        seen["folder"] = starting._own_folder
+        if sys.argv[1] == "refused":
+            while not psutil.Process().children():  # in the midst of its start
+                time.sleep(0.05)
+            look()
+            raise RequestError("no such key")
+        assert starting.wait()
+        import ray
+        seen["answer"] = ray.get(ray.remote(lambda: 41 + 1).remote(), timeout=60)
+        look()
+except RequestError as error:
+    seen["answer"] = str(error)
+print(json.dumps(seen))
+"""
+
+
+@pytest.mark.parametrize(("what", "answer"), [("used", 42), ("refused", "no such key")])
+def test_a_local_ray_leaves_nothing(what: str, answer: object) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-c", SESSION, what]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["answer"] == answer
+    assert seen["processes"]
+    assert not Path(seen["folder"]).exists()
+    until = time.monotonic() + 20
+    while left := [pid for pid, started in seen["processes"] if _is_same(pid, started)]:
+        assert time.monotonic() < until, f"still there: {left}"
+        time.sleep(0.2)
+
+
+def _is_same(pid: int, started: float) -> bool:
+    try:
+        process = psutil.Process(pid)
+        return process.create_time() == started and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
