@@ -19,7 +19,7 @@ demo: setup ## train a small model from start to finish on this machine
 test: lint test-unit test-ray ## lint, types and all tests: what CI runs
 
 test-unit: setup ## tests that need no Ray
-	$(RUN) .venv/bin/python -m pytest tests/unit
+	$(RUN) OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/unit --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-ray: setup ## tests on a local Ray cluster
 	$(RUN) .venv/bin/python -m pytest tests/ray -m "not slow"

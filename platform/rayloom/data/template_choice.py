@@ -15,6 +15,17 @@ from rayloom.errors import RequestError
 from rayloom.models.families import family_of
 
 
+def check_template_name(template: str) -> None:
+    """Refuse what can be no template, without a tokenizer.
+
+    Raises:
+        RequestError: a name that is not known, or a file that is not there.
+    """
+    file = Path(template).expanduser()
+    if template != "auto" and library_template(template) is None and not (file.suffix == ".jinja" and file.is_file()):
+        raise RequestError(_unknown(template))
+
+
 def resolve_template(template: str, tokenizer: Any, model_path: str) -> str:
     """The Jinja text for the job's `data.template`: `auto`, a name of the library, or the path of a `.jinja` file.
 
@@ -34,11 +45,9 @@ def resolve_template(template: str, tokenizer: Any, model_path: str) -> str:
     named = library_template(template)
     if named is not None:
         return named
-    file = Path(template).expanduser()
-    if file.suffix != ".jinja" or not file.is_file():
-        raise RequestError(_unknown(template))
+    check_template_name(template)
     try:
-        text = file.read_text(encoding="utf-8")
+        text = Path(template).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{template}: cannot be read as text: {error}") from None
     try:

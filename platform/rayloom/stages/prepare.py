@@ -11,7 +11,7 @@ from rayloom.data.index import check_rows, make_plan
 from rayloom.data.plan import Plan
 from rayloom.data.segment import Encoder, SegmentOptions
 from rayloom.data.store import find_store
-from rayloom.data.template_choice import resolve_template
+from rayloom.data.template_choice import check_template_name, resolve_template
 from rayloom.models.model_type import check_model_type
 from rayloom.models.source import check_model_path
 from rayloom.models.text_tokenizer import TokenizerState
@@ -34,12 +34,14 @@ def plan_data(job: JobConfig) -> Plan:
     """Locate and check the data; light of libraries, so that what is wrong is told at once.
 
     Raises:
-        RequestError: no such model, data that cannot be read or understood.
+        RequestError: no such model or template, data that cannot be read or understood.
     """
     check_model_path(job.model)
     plan = make_plan(job.data, seed=job.train.seed, epochs=None if job.train.max_steps else job.train.epochs)
     check_rows(plan, segment_options(job))
     check_model_type(job.model, packing=job.data.packing)
+    if job.stage.type != "pretrain":
+        check_template_name(job.data.template)
     return plan
 
 
