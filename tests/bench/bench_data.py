@@ -186,8 +186,7 @@ def resume_part(folder: Path) -> None:
     job = read_job(str(folder / f"rows-{LARGE}.yaml"), [])
     plan, encoder = prepare_data(job)
     work = EncodeSegment(encoder, segment_options(job))
-    with ray_session(verbose=False) as ray_starts:
-        ray_starts.wait()
+    with ray_session(verbose=False):
         position = Position.from_dict(json.loads((folder / "position.json").read_text()))
         waited = time.perf_counter()
         stream = build_stream(plan, work, position, segments=8, task_cpus=1, concurrency=2)
@@ -253,8 +252,7 @@ def stream_part(folder: Path) -> None:
     job = read_job(str(path), [f"model.path={os.environ['BENCH_MODEL']}", "train.max_steps=null", "train.epochs=1"])
     plan, encoder = prepare_data(job)
     work = EncodeSegment(encoder, segment_options(job))
-    with ray_session(verbose=False) as ray_starts:
-        ray_starts.wait()
+    with ray_session(verbose=False):
         started = time.perf_counter()
         segments = -(-RATE // job.data.window)
         stream = build_stream(plan, work, Position(), segments=segments, task_cpus=1, concurrency=2)

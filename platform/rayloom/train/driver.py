@@ -67,15 +67,14 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
     if job.train.device == "cpu":
         choose_precision(job.train.precision, "cpu", bf16=computes_bf16("cpu"))
 
-    with Reporter() as reporter, ray_session(verbose=verbose) as ray_starts:
-        # While Ray starts: each takes some seconds.
-        _check_model(job, job.train.device)
-        _check_method(job)
-        encoder = make_encoder(job)
-        options = with_stores(job, plan, encoder, segment_options(job))
-        first = _first_segment(job, plan, encoder, options)
-        phases["checks"] = time.time()
-        own_cluster = ray_starts.wait()
+    _check_model(job, job.train.device)
+    _check_method(job)
+    encoder = make_encoder(job)
+    options = with_stores(job, plan, encoder, segment_options(job))
+    first = _first_segment(job, plan, encoder, options)
+    phases["checks"] = time.time()
+
+    with Reporter() as reporter, ray_session(verbose=verbose) as own_cluster:
         from rayloom.train.resources import plan_resources, require_resources
 
         phases["ray"] = time.time()

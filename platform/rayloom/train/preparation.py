@@ -42,8 +42,7 @@ def prepare(job: JobConfig, console: Console) -> None:
             missing.append((number, data_set, store_folder(store_root(job), data_set, key, options.cutoff)))
     if not missing:
         return
-    with ray_session(verbose=False) as ray_starts:
-        ray_starts.wait()
+    with ray_session(verbose=False):
         for number, data_set, folder in missing:
             started = time.perf_counter()
             rows, tokens = _prepare_set(plan, number, folder, encoder, options, console)

@@ -9,7 +9,6 @@ import secrets
 import shutil
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,77 +42,44 @@ def prepare_environment() -> None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
-class StartingRay:
-    """A connection to Ray that is being made, in a thread of its own.
-
-    The thread lives as long as the connection: the system ends the processes of a local Ray with the thread that has
-    started them.
-    """
-
-    def __init__(self, verbose: bool) -> None:
-        self._verbose = verbose
-        self._own_folder: str | None = None
-        self._error: BaseException | None = None
-        self._connected, self._over = threading.Event(), threading.Event()
-        if not os.environ.get("RAY_ADDRESS"):
-            parent = "/tmp" if Path("/tmp").is_dir() else None  # socket paths are short
-            self._own_folder = tempfile.mkdtemp(prefix="rl-", dir=parent)
-        self._thread = threading.Thread(target=self._run, name="ray", daemon=True)
-        self._thread.start()
-
-    def wait(self) -> bool:
-        """Whether the cluster is our own local one, once it is connected.
-
-        Raises:
-            Exception: what Ray raises where it cannot connect.
-        """
-        self._connected.wait()
-        if self._error is not None:
-            raise self._error
-        return self._own_folder is not None
-
-    def end(self) -> None:
-        """Disconnect; a Ray of our own ends, and leaves nothing."""
-        self._over.set()
-        self._thread.join()
-        if self._own_folder is not None:
-            shutil.rmtree(self._own_folder, ignore_errors=True)
-
-    def _run(self) -> None:
-        import ray
-
-        try:
-            where = {"address": "local", "_temp_dir": self._own_folder, "include_dashboard": False}
-            ray.init(
-                **(where if self._own_folder else {"address": os.environ["RAY_ADDRESS"]}),
-                namespace="rayloom",
-                log_to_driver=self._verbose,
-                logging_level=logging.INFO if self._verbose else logging.ERROR,
-                runtime_env=_runtime_env(),
-                configure_logging=True,
-            )
-        except BaseException as error:  # told to whoever waits
-            self._error = error
-        self._connected.set()
-        self._over.wait()
-        ray.shutdown()
-
-
 @contextmanager
-def ray_session(*, verbose: bool) -> Iterator[StartingRay]:
+def ray_session(*, verbose: bool) -> Iterator[bool]:
     """Connect to the cluster that `RAY_ADDRESS` names, else start a local Ray of our own and end it afterwards.
 
     The local one lives in a private temporary folder, with a token of its own: nothing of it outlives the job, and
     no other Ray on the machine is touched.
 
     Yields:
-        The connection that is being made; `wait` for it before Ray is used.
+        Whether the cluster is our own local one.
     """
-    starting = StartingRay(verbose)
+    if os.environ.get("RAY_ADDRESS"):
+        with _connected(verbose, address=os.environ["RAY_ADDRESS"]):
+            yield False
+        return
+    folder = tempfile.mkdtemp(prefix="rl-", dir="/tmp" if Path("/tmp").is_dir() else None)  # socket paths are short
     try:
-        yield starting
+        with _connected(verbose, address="local", _temp_dir=folder, include_dashboard=False):
+            yield True
     finally:
-        starting.end()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _connected(verbose: bool, **options: Any) -> Iterator[None]:
+    import ray
+
+    ray.init(
+        **options,
+        namespace="rayloom",
+        log_to_driver=verbose,
+        logging_level=logging.INFO if verbose else logging.ERROR,
+        runtime_env=_runtime_env(),
+        configure_logging=True,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def _runtime_env() -> dict[str, Any]:

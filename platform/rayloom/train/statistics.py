@@ -39,8 +39,7 @@ def measure(job: JobConfig, console: Console) -> list[SetStatistics]:
     train = job.train.model_copy(update={"max_steps": None, "epochs": 1})
     job = job.model_copy(update={"data": whole, "train": train})
     plan, encoder = prepare_data(job)
-    with ray_session(verbose=False) as ray_starts:
-        ray_starts.wait()
+    with ray_session(verbose=False):
         tables = _tables(plan, MeasureSegment(encoder, segment_options(job)), console)
     table = pa.concat_tables(tables)
     return [
