@@ -1,0 +1,16 @@
+"""The tiny model of the other tests, for what a whole job says of a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.tiny_model import make_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer Llama with random weights and a trained tokenizer with a ChatML template."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    make_tiny_model(folder)
+    return folder
