@@ -1,4 +1,4 @@
-"""What the unit tests share: one tiny model for the session, and Hypothesis without a clock and without chance."""
+"""What the unit tests share: a tokenizer, a job file, and Hypothesis without a clock and without chance."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import hypothesis
 import pytest
 from tests.job_text import JOB
-from tests.tiny_model import make_tiny_model
 
 from rayloom.models.tokenizer import load_tokenizer
 
@@ -16,12 +15,6 @@ from rayloom.models.tokenizer import load_tokenizer
 hypothesis.settings.register_profile("rayloom", deadline=None, max_examples=60, derandomize=True)
 hypothesis.settings.register_profile("search", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile("rayloom")
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A two-layer Llama with random weights and a trained tokenizer with a ChatML template."""
-    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="session")

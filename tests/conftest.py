@@ -1,4 +1,4 @@
-"""The tiny model of the other tests, for what a whole job says of a model."""
+"""What all tests share: one tiny model for the session."""
 
 from __future__ import annotations
 
@@ -11,6 +11,4 @@ from tests.tiny_model import make_tiny_model
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer Llama with random weights and a trained tokenizer with a ChatML template."""
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    make_tiny_model(folder)
-    return folder
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
