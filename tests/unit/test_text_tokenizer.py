@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from rayloom.models.pieces import PieceTable, compile_for_ascii
 from rayloom.models.text_tokenizer import TextTokenizer, TokenizerState
 
 REAL = os.environ.get("RAYLOOM_TOKENIZERS")  # a folder of tokenizers; `make test-tokenizers` makes it
@@ -86,6 +87,86 @@ def test_made_once_in_a_process_and_told_apart_by_what_it_does(tokenizer, tiny_m
     assert TokenizerState.of(limited) == state
 
 
+# --- tokens of ASCII texts from a table -------------------------------------------------------------------------------
+
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+CUTS = {
+    "gpt2": [],
+    "digits": [pre_tokenizers.Digits(individual_digits=True)],
+    "numbers": [pre_tokenizers.Digits(individual_digits=False)],
+    "llama3": [pre_tokenizers.Split(Regex(LLAMA3), "isolated")],
+    "possessive": [pre_tokenizers.Split(Regex(r"\p{L}++|[^\p{L}\s]?+\s"), "isolated")],
+    "negated": [pre_tokenizers.Split(Regex(r"\P{Lu}{2}|[^\P{P}.]|\d\w"), "isolated")],
+    "text": [pre_tokenizers.Split("a.", "isolated")],
+}
+ASCII = st.text(st.one_of(st.characters(max_codepoint=127), st.sampled_from("  \n\ta1'sSl.")), max_size=40)
+
+
+def cutting(tokenizer, steps: list[object], use_regex: bool) -> Tokenizer:
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*steps, byte_level])
+    return backend
+
+
+@pytest.mark.parametrize("name", CUTS)
+@given(texts=st.lists(st.lists(ASCII | st.sampled_from(["<|im_end|>", "<|im_start|>"]), max_size=4).map("".join)))
+def test_a_table_of_pieces_is_the_tokenizer(tokenizer, name, texts):
+    backend = cutting(tokenizer, CUTS[name], use_regex=name in ("gpt2", "digits", "numbers"))
+    table = PieceTable.of(backend)
+    assert table is not None
+    expected = [one.ids for one in backend.encode_batch(texts, add_special_tokens=False)]
+    assert [table.ids(text) for text in texts] == expected
+    assert [table.ids(text) for text in texts] == expected  # and again, from the table
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        r"^a",
+        r"a$",
+        r"a.",
+        r"(a)",
+        r"[a[b]]",
+        r"[a&&b]",
+        r"\p{Han}",
+        r"\bword",
+        r"(?m:a)",
+        r"a{1,2}+",
+        r"a*",
+        r"\X",
+        "[",
+        "[]",
+    ],
+)
+def test_an_expression_that_two_engines_may_read_differently_is_not_used(source):
+    assert compile_for_ascii(source) is None
+
+
+def test_a_tokenizer_that_cannot_be_told_from_pieces_is_asked_itself(tokenizer):
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    changes: list[dict[str, object]] = [
+        {"model": state["model"] | {"dropout": 0.1}},
+        {"normalizer": {"type": "Lowercase"}},
+        {"pre_tokenizer": None},
+        {"added_tokens": [state["added_tokens"][0] | {"lstrip": True}, *state["added_tokens"][1:]]},
+    ]
+    for change in changes:
+        assert PieceTable.of(Tokenizer.from_str(json.dumps(state | change))) is None
+
+
+def test_the_table_has_an_end(tokenizer, monkeypatch):
+    monkeypatch.setattr("rayloom.models.pieces._MOST_PIECES", 3)
+    table = PieceTable.of(tokenizer.backend_tokenizer)
+    assert table is not None
+    text = "one two three four five"
+    assert table.ids(text) == table.ids(text) == tokenizer(text, add_special_tokens=False).input_ids
+    assert len(table._of_piece) == 3
+
+
 @pytest.mark.skipif(not REAL, reason="RAYLOOM_TOKENIZERS names no folder of real tokenizers (make test-tokenizers)")
 @pytest.mark.parametrize(
     "folder", sorted(Path(REAL or ".").glob("*/tokenizer.json")), ids=lambda path: path.parent.name
@@ -94,6 +175,9 @@ def test_real_tokenizers(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder.parent)
     ours = TokenizerState.of(tokenizer).load()
     generator = np.random.default_rng(0)
+    plain = list(map(chr, range(128))) + list("  \n\tae12'.") * 9 + [text for text in ours.added if text.isascii()][:8]
+    texts = ["".join(generator.choice(plain, 40)) for _ in range(2000)]
+    assert ours.ids(texts) == tokenizer(texts, add_special_tokens=False).input_ids
     letters = list("ab .\n\t17é\u0301中🙂\u212bĠ'") + list(ours.added)[:8]
     texts = ["".join(generator.choice(letters, 30)) for _ in range(200)]
     assert ours.ids(texts) == tokenizer(texts, add_special_tokens=False).input_ids

@@ -11,8 +11,10 @@ The price: each node receives all token rows, about 12 bytes per token of the gl
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
@@ -20,7 +22,6 @@ import pyarrow.compute as pc
 import ray
 import ray.data
 import ray.exceptions
-import ray.train
 
 from rayloom.data.rows import SCHEMA, raise_error
 from rayloom.errors import JobError
@@ -29,12 +30,14 @@ WAIT_SECONDS = 1800.0
 
 
 class _Dealer:
-    """Runs the pipeline once and keeps each block until every worker has taken it. An actor, one thread a worker."""
+    """Runs the pipeline once and keeps each block until every worker has taken it. An actor, two threads a worker."""
 
-    def __init__(self, dataset: ray.data.Dataset, workers: int) -> None:
-        self._blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
+    def __init__(self, dataset: ray.data.Dataset, workers: int, given: list[pa.Table]) -> None:
+        blocks = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+        self._blocks = chain(given, blocks)
         self._workers = workers
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
+        self._making = False
         self._made = 0
         self._kept: dict[int, tuple[ray.ObjectRef, int]] = {}
         self._end: int | None = None
@@ -42,9 +45,14 @@ class _Dealer:
 
     def block(self, number: int) -> list[ray.ObjectRef]:
         """The block's reference in a list; an empty list behind the last one."""
-        with self._lock:
+        with self._changed:
             while self._made <= number and self._end is None:
-                self._make()
+                if self._error is not None:
+                    raise self._error
+                if self._making:
+                    self._changed.wait()
+                else:
+                    self._make()
             if self._end is not None and number >= self._end:
                 return []
             reference, takers = self._kept.pop(number)
@@ -53,18 +61,39 @@ class _Dealer:
             return [reference]
 
     def _make(self) -> None:
-        if self._error is not None:
-            raise self._error
+        """Make the next block. The lock is held before and after, not while the pipeline works: who waits for an
+        earlier block gets it."""
+        self._making = True
+        self._changed.release()
+        table = reference = error = None
         try:
             table = next(self._blocks, None)
-        except Exception as error:  # kept: the other workers must hear of it too
+            reference = None if table is None else ray.put(table)
+        except Exception as raised:  # kept: the other workers must hear of it too
+            error = raised
+        finally:
+            self._changed.acquire()
+            self._making = False
+            self._changed.notify_all()
+        if error is not None:
             self._error = error
-            raise
-        if table is None:
+        elif reference is None:
             self._end = self._made
         else:
-            self._kept[self._made] = (ray.put(table), 0)
+            self._kept[self._made] = (reference, 0)
             self._made += 1
+
+
+def start_dealer(dataset: ray.data.Dataset, workers: int, *given: pa.Table) -> Any:
+    """Start the actor that deals a stream to `workers` workers; it ends when nobody holds it any more.
+
+    It is there long before the workers are, with all that Ray Data needs loaded, and costs little until they ask.
+
+    Args:
+        given: the first blocks, which have been made already; the stream is what follows them.
+    """
+    options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 2 * workers}
+    return ray.remote(_Dealer).options(**options).remote(dataset, workers, list(given))
 
 
 def deal(blocks: Iterable[pa.Table], rank: int, workers: int, batch_rows: int) -> Iterator[pa.Table]:
@@ -105,7 +134,7 @@ class Shard:
             JobError: no block came within `WAIT_SECONDS`.
             RequestError: a row that cannot be read or understood.
         """
-        return deal(self._blocks(self.dealer.block.remote(0)), self.rank, self.workers, batch_rows)
+        return deal(self._blocks(self._ask(0)), self.rank, self.workers, batch_rows)
 
     def first(self, examples: int, batch_rows: int) -> list[pa.Table]:
         """This worker's batches of the stream's first `examples` token rows, kept in memory; every worker gets as many.
@@ -114,7 +143,7 @@ class Shard:
             JobError, RequestError: as `batches`.
         """
         taken, rows = [], 0
-        for block in self._blocks(self.dealer.block.remote(0)):
+        for block in self._blocks(self._ask(0)):
             full = block.filter(pc.greater(pc.list_value_length(block["input_ids"]), 0))
             taken.append(full.slice(0, examples - rows))
             rows += taken[-1].num_rows
@@ -122,11 +151,15 @@ class Shard:
                 break
         return list(deal(taken, self.rank, self.workers, batch_rows))
 
-    def _blocks(self, coming: Any) -> Iterator[pa.Table]:
+    def _ask(self, number: int) -> deque[Any]:
+        """Two blocks are on their way, so that the pipeline runs also where the first is there already."""
+        return deque(self.dealer.block.remote(number + ahead) for ahead in range(2))
+
+    def _blocks(self, coming: deque[Any]) -> Iterator[pa.Table]:
         number = 0
         while True:
             try:
-                references = ray.get(coming, timeout=WAIT_SECONDS)
+                references = ray.get(coming.popleft(), timeout=WAIT_SECONDS)
             except ray.exceptions.GetTimeoutError:
                 raise JobError(
                     f"worker {self.rank} waited {WAIT_SECONDS:g} s for block {number} of the data stream; "
@@ -134,22 +167,8 @@ class Shard:
                 ) from None
             if not references:
                 return
+            coming.append(self.dealer.block.remote(number + 2))
             number += 1
-            coming = self.dealer.block.remote(number)  # on its way while this one is trained on
             block = ray.get(references[0], timeout=WAIT_SECONDS)
             raise_error(block)
             yield block
-
-
-class DealInOrder(ray.train.DataConfig):
-    """What Ray Train calls to divide a data set among the workers: one `Shard` each."""
-
-    def configure(
-        self, datasets: dict[str, ray.data.Dataset], world_size: int, *args: Any, **kwargs: Any
-    ) -> list[dict[str, Any]]:
-        shards: list[dict[str, Any]] = [{} for _ in range(world_size)]
-        for name, dataset in datasets.items():
-            dealer = ray.remote(_Dealer).options(num_cpus=0, max_concurrency=world_size).remote(dataset, world_size)
-            for rank in range(world_size):
-                shards[rank][name] = Shard(dealer, rank, world_size)
-        return shards

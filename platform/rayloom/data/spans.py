@@ -9,10 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from rayloom.data.chat_jinja import Span
 from rayloom.models.text_tokenizer import TextTokenizer, byte_offset
-
-Span = tuple[int, int]
-"""Start and stop, of characters or of tokens; the stop is not in it."""
 
 _MEDIA_BLOCKS = (
     ("<|vision_start|>", "<|vision_end|>"),

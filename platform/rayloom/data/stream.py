@@ -23,42 +23,13 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from rayloom.data.plan import Plan, Position, Segment
+from rayloom.data.planner import Planner
 from rayloom.data.rows import error_table
-from rayloom.data.walk import Walk
 from rayloom.errors import JobError, RequestError
 
 PLANNER_SECONDS = 600.0
 SINGLE_TASKS = 4
-SEGMENTS_PER_TASK = 4
-
-
-class _Planner:
-    """Walks the plan and says what is in segment `number`, the first being `start`'s. One actor for the pipeline.
-
-    The walk is sequential, because a segment begins where the one before it ended; it only counts rows, so it is far
-    ahead of the tasks. It keeps every segment's position, so that a task that Ray runs again is told the same.
-    """
-
-    def __init__(self, plan: Plan, start: Position) -> None:
-        self._plan = plan
-        self._walk = Walk(plan)
-        self._starts = [start]
-
-    def segment(self, number: int) -> Segment | RequestError | None:
-        """The segment; None behind the last one; an error as a value, since Ray hands on an exception's text only."""
-        try:
-            while True:
-                last = min(number, len(self._starts) - 1)
-                start = self._starts[last]
-                if self._plan.epochs is not None and start.epoch >= self._plan.epochs:
-                    return None
-                segment, after = self._walk.step(start)
-                if last == len(self._starts) - 1:
-                    self._starts.append(after)
-                if last == number:
-                    return segment
-        except RequestError as error:
-            return error
+SEGMENTS_PER_TASK = 8
 
 
 class _Numbers(Datasource):
@@ -150,7 +121,7 @@ def build_stream(
     segments: int,
     task_cpus: float,
     concurrency: int,
-    first: pa.Table | None = None,
+    made: int = 0,
 ) -> ray.data.Dataset:
     """A lazy Ray Data pipeline of the tables that `work` makes of the segments from `start` on, in order.
 
@@ -158,7 +129,7 @@ def build_stream(
         segments: how many segments to make at most, the first being `start`'s; behind the last there are no rows.
         task_cpus: CPUs that each task reserves; 0 where the workers hold all there are.
         concurrency: tasks at a time.
-        first: the table of the first segment, where it has been made already: it is there before any task has started.
+        made: how many of the segments from `start` on have been made already; the pipeline begins behind them.
     """
     context = copy.copy(ray.data.DataContext.get_current())
     context.execution_options = copy.copy(context.execution_options)
@@ -167,17 +138,11 @@ def build_stream(
     context.enable_progress_bars = False
     # One block a task, however large.
     context.target_max_block_size = None
-    planner = ray.remote(_Planner).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote(plan, start)
+    planner = ray.remote(Planner).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote(plan, start)
     do = _DoSegment(planner, ray.put(plan), ray.put(work), start.row)
     tasks: dict[str, Any] = {"num_cpus": task_cpus, "compute": ray.data.TaskPoolStrategy(size=concurrency)}
-    ranges = task_ranges(0 if first is None else 1, segments)
+    ranges = task_ranges(made, segments)
     with ray.data.DataContext.current(context):
-        # `from_arrow` would run a task of one CPU for it, which nobody gets where the workers hold them all.
-        given = [] if first is None else [ray.data.from_blocks([first.slice(start.row)])]
-        if not ranges:
-            return given[0]
         # The same resources and concurrency, so that Ray makes one task of the two steps.
         numbers = ray.data.read_datasource(_Numbers(ranges), override_num_blocks=len(ranges), **tasks)
-        made = numbers.map_batches(do, batch_size=None, batch_format="pyarrow", **tasks)
-        # A union takes a block of each in turn, and there is only one that is given.
-        return given[0].union(made) if given else made
+        return numbers.map_batches(do, batch_size=None, batch_format="pyarrow", **tasks)

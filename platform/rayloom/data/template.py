@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from rayloom.data.chat_jinja import Span, compile_template
 from rayloom.data.example import Example, Message
-from rayloom.data.spans import FixedTokens, Span, begins_inside_character, token_range, tokens_between
+from rayloom.data.spans import FixedTokens, begins_inside_character, token_range, tokens_between
 from rayloom.models.text_tokenizer import TextTokenizer
 
 _T = TypeVar("_T")
@@ -190,8 +191,7 @@ class Renderer:
         Not `apply_chat_template`'s own mask: where the last character of an answer takes several tokens, it has only
         the first of them.
         """
-        (text,), (spans,) = self._jinja(messages, example, return_assistant_tokens_mask=True)
-        return text, spans
+        return self._jinja(messages, example)
 
     def _between_prefixes(self, example: Example, messages: list[dict[str, Any]]) -> tuple[str, list[Span]]:
         """The text, and the characters between the prefixes that end before and behind each answer."""
@@ -216,21 +216,12 @@ class Renderer:
         return len(stripped) if stripped.endswith(self._end_of_turn) else len(text)
 
     def _text(self, messages: list[dict[str, Any]], example: Example, **options: Any) -> str:
-        (text,), _ = self._jinja(messages, example, **options)
-        return text
+        return self._jinja(messages, example, **options)[0]
 
-    def _jinja(self, messages: list[dict[str, Any]], example: Example, **options: Any) -> Any:
-        """What `apply_chat_template` does before it tokenizes. Transformers keeps the compiled template."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
+    def _jinja(self, messages: list[dict[str, Any]], example: Example, **options: Any) -> tuple[str, list[Span]]:
+        """What `apply_chat_template` does before it tokenizes: the text, and what `{% generation %}` blocks made."""
         try:
-            return render_jinja_template(
-                conversations=[messages],
-                tools=list(example.tools) or None,
-                chat_template=self._template,
-                **self._variables,
-                **options,
-            )
+            return compile_template(self._template).render(messages, example.tools, **self._variables, **options)
         except Exception as error:  # its own `raise_exception("no system message")`, or whatever else Python can
             roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
             raise ValueError(f"the chat template refuses a conversation with the roles {roles}: {error}") from None

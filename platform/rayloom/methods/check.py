@@ -9,12 +9,10 @@ from typing import Any
 
 from rayloom.config.job import JobConfig
 from rayloom.errors import RequestError
-from rayloom.methods.adapter_folder import check_adapter, read_adapter_config
-from rayloom.methods.attach import attach_method
 from rayloom.methods.config import LoraConfig, OftConfig
 from rayloom.methods.names import modules_named, nearest
 from rayloom.methods.skeleton import skeleton
-from rayloom.methods.tuners import OFT_BLOCK
+from rayloom.methods.targets import linear_layers
 
 
 def check_method(job: JobConfig) -> None:
@@ -30,14 +28,28 @@ def check_method(job: JobConfig) -> None:
     if isinstance(method, LoraConfig) and method.adapters:
         _check_adapters(job, method)
     sizes = {name: size for name, module in model.named_modules() if (size := _layer_size(module))}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what PEFT changes by itself with a warning is refused below
-        attached = attach_method(model, method, empty=True)
-    targets = list(getattr(attached, "targeted_module_names", []))
+    targets = _plain_targets(method, model) or _peft_targets(method, model)
     if isinstance(method, LoraConfig) and not method.continues:
         _check_rank(method, sizes, targets, model.config)
     if isinstance(method, OftConfig):
         _check_blocks(method, sizes, targets)
+
+
+def _plain_targets(method: Any, model: Any) -> list[str]:
+    """The layers of an adapter that PEFT can put on any model, so that it need not be asked: to import it takes two
+    seconds of a job's start. Empty where it must be."""
+    is_plain = isinstance(method, LoraConfig) and not (method.adapters or method.extra_modules)
+    return linear_layers(model) if is_plain and method.target == "all" else []
+
+
+def _peft_targets(method: Any, model: Any) -> list[str]:
+    """The layers that the method adapts, by putting it on the model."""
+    from rayloom.methods.attach import attach_method
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what PEFT changes by itself with a warning is refused by the other checks
+        attached = attach_method(model, method, empty=True)
+    return list(getattr(attached, "targeted_module_names", []))
 
 
 def _check_quantized(job: JobConfig, model: Any) -> None:
@@ -79,6 +91,8 @@ def _check_names(method: Any, model: Any) -> None:
 
 
 def _check_adapters(job: JobConfig, method: LoraConfig) -> None:
+    from rayloom.methods.adapter_folder import check_adapter, read_adapter_config
+
     for number, folder in enumerate(method.adapters):
         check_adapter(folder, f"method.adapters[{number}]", skeleton(job.model), job.model.path)
     if not method.continues:
@@ -126,6 +140,8 @@ def _check_rank(method: LoraConfig, sizes: dict[str, tuple[int, int]], targets: 
 
 
 def _check_blocks(method: OftConfig, sizes: dict[str, tuple[int, int]], targets: list[str]) -> None:
+    from rayloom.methods.tuners import OFT_BLOCK
+
     key = "blocks" if method.blocks else "block_size"
     value = method.blocks or method.block_size or OFT_BLOCK
     inputs = {sizes[name][0]: name for name in targets if name in sizes}

@@ -105,7 +105,7 @@ def _check_model(job: JobConfig, device: str) -> None:
 
 
 def _check_method(job: JobConfig) -> None:
-    """Refuse a method that does not fit the model, from a model without weights. Imports torch and PEFT."""
+    """Refuse a method that does not fit the model, from a model without weights. Imports torch."""
     if job.method.type == "full":
         return
     from rayloom.methods.check import check_method

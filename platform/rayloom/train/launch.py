@@ -68,50 +68,18 @@ class Work:
 
 
 def ray_trainer(work: Work, monitor: Any) -> Any:
-    """The Ray Train trainer of one execution. Each start of its workers begins where the last checkpoint ends."""
+    """The Ray Train trainer of one execution, which begins where the last checkpoint ends."""
     job, run, resources = work.job, work.run, work.resources
-    import ray.data
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from rayloom.data.deal import DealInOrder
-    from rayloom.data.stream import build_stream
-    from rayloom.train.worker import train_worker
-
-    def stream() -> ray.data.Dataset:
-        """Called at each start of the workers: the stream begins where the checkpoint that they load says."""
-        checkpoint = run.latest_checkpoint()
-        start = StreamMeter.load(checkpoint)[0].position if checkpoint else Position()
-        return build_stream(
-            work.plan,
-            EncodeSegment(work.encoder, work.options),
-            start,
-            segments=work.segments(start),
-            task_cpus=resources.task_cpus,
-            concurrency=resources.task_concurrency,
-            first=work.first if start == Position() else None,
-        )
-
-    def eval_stream() -> ray.data.Dataset:
-        assert work.eval_plan is not None
-        return build_stream(
-            work.eval_plan,
-            EncodeSegment(work.encoder, eval_options(job)),
-            Position(),
-            segments=work.eval_segments(),
-            task_cpus=resources.task_cpus,
-            concurrency=1,
-        )
-
-    datasets: dict[str, Any] = {"train": stream}
-    if work.eval_plan:
-        datasets["eval"] = eval_stream
-    worker: Any = train_worker
+    worker: Any = _train_worker
     return TorchTrainer(
         worker,
         train_loop_config={
             "job": job.model_dump(mode="json"),
             "monitor": monitor,
+            "dealers": _dealers(work),
             "device": resources.device,
             "sets": [data_set.name for data_set in work.plan.sets],
             "eval_sets": [data_set.name for data_set in work.eval_plan.sets] if work.eval_plan else [],
@@ -130,9 +98,50 @@ def ray_trainer(work: Work, monitor: Any) -> Any:
             **_worker_environment(resources),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=job.train.keep_checkpoints),
         ),
-        datasets=datasets,
-        dataset_config=DealInOrder(),
     )
+
+
+def _dealers(work: Work) -> dict[str, Any]:
+    """Who deals the streams to the workers: `train`, which begins where the last checkpoint ends, and `eval`.
+
+    Not Ray Train's own `datasets`, which start their actors one after the other once the workers are there.
+    """
+    from rayloom.data.deal import start_dealer
+    from rayloom.data.stream import build_stream
+
+    job, resources = work.job, work.resources
+    checkpoint = work.run.latest_checkpoint()
+    start = StreamMeter.load(checkpoint)[0].position if checkpoint else Position()
+    given = [work.first] if start == Position() else []
+    stream = build_stream(
+        work.plan,
+        EncodeSegment(work.encoder, work.options),
+        start,
+        segments=work.segments(start),
+        task_cpus=resources.task_cpus,
+        concurrency=resources.task_concurrency,
+        made=len(given),
+    )
+    dealers = {"train": start_dealer(stream, job.train.workers, *given)}
+    if work.eval_plan is not None:
+        eval_stream = build_stream(
+            work.eval_plan,
+            EncodeSegment(work.encoder, eval_options(job)),
+            Position(),
+            segments=work.eval_segments(),
+            task_cpus=resources.task_cpus,
+            concurrency=1,
+        )
+        dealers["eval"] = start_dealer(eval_stream, job.train.workers)
+    return dealers
+
+
+def _train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
+    """What Ray Train runs. Its controller and this driver must load it too, so the libraries that it needs are imported
+    in the worker only: some seconds of each."""
+    from rayloom.train.worker import train_worker
+
+    return train_worker(config)
 
 
 def _worker_environment(resources: Resources) -> dict[str, Any]:

@@ -22,6 +22,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_COLLECTIVE_WARN_INTERVAL_S": "600",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
 }
+_VARIABLES = {"TOKENIZERS_PARALLELISM": "false"}
 # Set where Ray Jobs started this driver; says which runtime environment the job already has.
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
@@ -53,9 +54,13 @@ def ray_session(*, verbose: bool) -> Iterator[bool]:
         Whether the cluster is our own local one.
     """
     if os.environ.get("RAY_ADDRESS"):
-        with _connected(verbose, address=os.environ["RAY_ADDRESS"]):
+        with _connected(verbose, address=os.environ["RAY_ADDRESS"], runtime_env=_runtime_env()):
             yield False
         return
+    # Its processes inherit this one's environment and module path. A runtime environment that said the same would make
+    # each of them load Ray twice.
+    os.environ.update(_VARIABLES)
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away with a notice
     folder = tempfile.mkdtemp(prefix="rl-", dir="/tmp" if Path("/tmp").is_dir() else None)  # socket paths are short
     try:
         with _connected(verbose, address="local", _temp_dir=folder, include_dashboard=False):
@@ -73,7 +78,6 @@ def _connected(verbose: bool, **options: Any) -> Iterator[None]:
         namespace="rayloom",
         log_to_driver=verbose,
         logging_level=logging.INFO if verbose else logging.ERROR,
-        runtime_env=_runtime_env(),
         configure_logging=True,
     )
     try:
@@ -84,7 +88,7 @@ def _connected(verbose: bool, **options: Any) -> Iterator[None]:
 
 def _runtime_env() -> dict[str, Any]:
     """Give the workers this very package, unless the job that we run in has brought it."""
-    environment: dict[str, Any] = {"env_vars": {"TOKENIZERS_PARALLELISM": "false"}}
+    environment: dict[str, Any] = {"env_vars": dict(_VARIABLES)}
     brought = json.loads(os.environ.get(JOB_CONFIG, "{}")).get("runtime_env", {})
     if "py_modules" not in brought:
         environment["py_modules"] = [str(Path(rayloom.__file__).parent)]

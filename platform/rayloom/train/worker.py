@@ -20,6 +20,7 @@ import torch
 import transformers
 
 from rayloom.config.job import JobConfig
+from rayloom.data.deal import Shard
 from rayloom.errors import RequestError
 from rayloom.methods.attach import attach_method
 from rayloom.methods.optimizers.build import optim_name
@@ -79,7 +80,9 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
 def _train(config: dict[str, Any]) -> dict[str, Any] | None:
     job = JobConfig.model_validate(config["job"])
     monitor, device, sets = config["monitor"], config["device"], len(config["sets"])
-    rank = ray.train.get_context().get_world_rank()
+    context = ray.train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+    shards = {name: Shard(dealer, rank, workers) for name, dealer in config["dealers"].items()}
     reached: set[str] = set()
 
     def phase(name: str) -> None:
@@ -92,9 +95,8 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
             answer(monitor.post.remote({"kind": "say", "lines": lines}), "rank 0")
 
     phase("workers")
-    shard: Any = ray.train.get_dataset_shard("train")  # a `rayloom.data.deal.Shard`
-    tables = shard.batches(job.train.batch_size)
-    eval_shard: Any = ray.train.get_dataset_shard("eval") if config["eval_sets"] else None
+    tables = shards["train"].batches(job.train.batch_size)
+    eval_shard = shards.get("eval")
     _quieten(device)
     if device == "cpu":
         torch.set_num_threads(_own_cores())
@@ -146,7 +148,9 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
             monitor=monitor,
             pad_token=pad_token(tokenizer),
             manifest=job.data.manifest,
-            eval_tables=eval_shard and partial(eval_shard.first, job.data.eval_samples, job.train.batch_size),
+            eval_tables=None
+            if eval_shard is None
+            else partial(eval_shard.first, job.data.eval_samples, job.train.batch_size),
             set_names=config["sets"],
             eval_names=config["eval_sets"],
         )
