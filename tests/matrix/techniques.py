@@ -21,7 +21,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -180,6 +180,14 @@ def run(chosen: Sequence[Cell], table: Mapping[str, Any], folder: Path) -> Itera
             yield cell, {"outcome": "fails", "why": f"no answer in {SECONDS} s; exit status {process.exitcode}"}
 
 
+def read_results(path: Path | None) -> dict[Cell, dict[str, Any]]:
+    """What an earlier run, which was broken off, has found."""
+    if path is None or not path.exists():
+        return {}
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return {Cell(*row.pop("cell")): row for row in rows}
+
+
 _HEAD = """# Technique x technique
 
 Made by `tests/matrix/techniques.py` on {date} with {versions}, one worker on CPU, a two-layer Llama. Do not edit.
@@ -229,6 +237,7 @@ def main() -> int:
     parser.add_argument("--methods", nargs="*", help="only these; then no page is written")
     parser.add_argument("--features", nargs="*", help="only these; then no page is written")
     parser.add_argument("--deepspeed", nargs="*", help="only these; then no page is written")
+    parser.add_argument("--results", type=Path, help="a file that gets a line for each cell; those in it are not run")
     options = parser.parse_args()
     table = read_table()
     chosen = [
@@ -248,9 +257,12 @@ def main() -> int:
         make_tiny_model(folder / "model")
         _write_rows(folder / "rows.jsonl")
         os.environ.update({**head.environment, "RAY_ADDRESS": head.cluster_address})
-        results = {}
-        for cell, row in run(chosen, table, folder):
+        results = read_results(options.results)
+        for cell, row in run([cell for cell in chosen if cell not in results], table, folder):
             results[cell] = row
+            if options.results:
+                with options.results.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"cell": astuple(cell), **row}) + "\n")
             print(f"{len(results):4}/{len(chosen)}  {cell}: {row['outcome']}: {row['why']}", flush=True)
         failed = sum(row["outcome"] == "fails" for row in results.values())
         if failed:
