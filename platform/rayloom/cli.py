@@ -227,10 +227,11 @@ def stats(job_file: str, overrides: tuple[str, ...], picture: str | None) -> Non
 @cli.command()
 def templates() -> None:
     """List the chat templates that `data.template` may name."""
-    from rayloom.data.template_library import template_names
+    from rayloom.data.template_library import own_names, template_names
 
     for name, aliases in template_names():
         click.echo(f"{name}  (also {', '.join(aliases)})" if aliases else name)
+    click.echo(f"\nLlamaFactory's names for what models ship themselves, as auto: {', '.join(own_names())}")
 
 
 @cli.group(invoke_without_command=True)

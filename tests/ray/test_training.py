@@ -29,6 +29,7 @@ from rayloom.data.example import Example
 from rayloom.data.plan import Position
 from rayloom.data.rows import row_id
 from rayloom.data.segment import EncodeSegment, read_segment
+from rayloom.data.template_library import library_template
 from rayloom.data.walk import Walk
 from rayloom.errors import JobError, RequestError
 from rayloom.methods.attach import attach_method
@@ -166,8 +167,10 @@ def test_run_directory(plain: Any) -> None:
 
 
 def test_shares_follow_the_weights(tiny_model: Path, data: Any, tmp_path: Path) -> None:
-    config = job(tiny_model, tmp_path, data, data={"mix": "interleave_under", "cutoff": 256})
+    config = job(tiny_model, tmp_path, data, data={"mix": "interleave_under", "cutoff": 256, "template": "chatml"})
     result, _ = run(config)
+    saved = AutoTokenizer.from_pretrained(config.run_dir / "model")
+    assert saved.chat_template == library_template("chatml")  # the model answers in the template it has learnt
     assert result["examples"] == {"short": 20, "long": 60}  # 1 : 3, to the end of the set that runs out first
 
 

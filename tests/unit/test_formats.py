@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.from_rows import PLAIN, from_alpaca, from_openai, from_sharegpt
 
 from rayloom.data.description import Columns, Description, read_descriptions
-from rayloom.data.example import Example, Message
+from rayloom.data.example import Example, Message, ToolCall
 from rayloom.data.formats import FORMATS, detect_format, telling_columns
 
 DEMOS = Path(__file__).parents[3] / "shared" / "data"
@@ -188,12 +188,14 @@ ORDER = "(user and assistant take turns, the user first)"
         (
             "openai",
             {"messages": [{"role": "human", "content": "Q"}]},
-            "column 'messages': turn 1 has the role 'human'; known are user, assistant, tool, system",
+            "column 'messages': turn 1 has the role 'human'; known are user, assistant, tool, system, "
+            "developer, function",
         ),
         (
             "openai",
             {"messages": [{"role": ["user"], "content": "Q"}]},
-            "column 'messages': turn 1 has the role ['user']; known are user, assistant, tool, system",
+            "column 'messages': turn 1 has the role ['user']; known are user, assistant, tool, system, "
+            "developer, function",
         ),
         (
             "sharegpt",
@@ -203,7 +205,7 @@ ORDER = "(user and assistant take turns, the user first)"
         ),
         (
             "openai",
-            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            {"messages": [{"role": "user", "content": {"type": "text"}}]},
             "column 'messages': turn 1: 'content' must be text",
         ),
         (
@@ -243,6 +245,32 @@ def test_what_is_refused(name: str, row: dict[str, Any], message: str):
     with pytest.raises(ValueError) as refused:  # noqa: PT011 (the whole message is compared)
         FORMATS[name](row, PLAIN)
     assert str(refused.value) == message
+
+
+def test_what_openai_says_besides():
+    add = ToolCall("add", {"a": 1})
+    row = [
+        {"role": "developer", "content": [{"type": "text", "text": "Be "}, "brief", {"type": "text", "text": "."}]},
+        {"role": "user", "content": [{"type": "text", "text": "1 + 1?", "image_url": None}]},
+        {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"a": 1}'}},
+        {"role": "function", "name": "add", "content": "2"},
+        {"role": "assistant", "content": "Two.", "function_call": None},
+    ]
+    assert from_openai({"messages": row}).messages == (
+        Message("system", "Be brief."),
+        Message("user", "1 + 1?"),
+        Message("assistant", "", (add,)),
+        Message("tool", "2"),
+        Message("assistant", "Two."),
+    )
+    own = Description.model_validate({"format": "openai", "tags": {"user_tag": "developer"}})
+    answer = {"role": "assistant", "content": "Hi."}
+    renamed = from_openai({"messages": [{"role": "developer", "content": "Hello"}, answer]}, own)
+    assert renamed.messages[0].role == "user"
+    with pytest.raises(ValueError, match=r"'content': part 1 is .*image.* columns of their own"):
+        from_openai({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, answer]})
+    with pytest.raises(ValueError, match=r"part 2 is .*parts must be"):
+        from_openai({"messages": [{"role": "user", "content": ["a", {"type": "text"}]}, answer]})
 
 
 def test_formats_are_told_by_their_columns():

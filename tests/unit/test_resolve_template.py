@@ -39,6 +39,12 @@ def test_auto_of_a_known_family_without_a_template_of_the_model():
     assert resolve_template("auto", Bare(None), "meta-llama/Llama-2-7b-hf") == library_template("llama2")
 
 
+def test_a_name_of_models_that_ship_a_template(tokenizer):
+    assert resolve_template("gpt_oss", tokenizer, "m") == resolve_template("auto", tokenizer, "m")
+    with pytest.raises(RequestError, match="gpt_oss stands for the template that such models ship, and m has none"):
+        resolve_template("gpt_oss", Bare(None), "m")
+
+
 def test_a_file_is_read_as_it_is(tokenizer, tmp_path, monkeypatch):
     (tmp_path / "t.jinja").write_text(MARKED, encoding="utf-8")
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from rayloom.data.template import GENERATION
-from rayloom.data.template_library import known_names, library_template
+from rayloom.data.template_library import known_names, library_template, own_names
 from rayloom.errors import RequestError
 from rayloom.models.families import family_of
 
@@ -22,12 +22,13 @@ def check_template_name(template: str) -> None:
         RequestError: a name that is not known, or a file that is not there.
     """
     file = Path(template).expanduser()
-    if template != "auto" and library_template(template) is None and not (file.suffix == ".jinja" and file.is_file()):
+    known = template == "auto" or template in known_names()
+    if not known and not (file.suffix == ".jinja" and file.is_file()):
         raise RequestError(_unknown(template))
 
 
 def resolve_template(template: str, tokenizer: Any, model_path: str) -> str:
-    """The Jinja text for the job's `data.template`: `auto`, a name of the library, or the path of a `.jinja` file.
+    """The Jinja text for the job's `data.template`: `auto`, a known name, or the path of a `.jinja` file.
 
     `auto` is the model's own template, or TRL's training version of it, where TRL is installed and has one: that marks
     the answers, and renders earlier turns as they were learnt. A model without a template has its family's.
@@ -35,12 +36,17 @@ def resolve_template(template: str, tokenizer: Any, model_path: str) -> str:
     Raises:
         RequestError: a model without its own template, an unknown name, a file that is not there, or no template in it.
     """
-    if template == "auto":
+    if template == "auto" or template in own_names():
         own = tokenizer.chat_template
         if isinstance(own, dict):
             own = own.get("default")
-        if not own:
+        if not own and template == "auto":
             return _family_template(model_path)
+        if not own:
+            raise RequestError(
+                f"data.template: {template} stands for the template that such models ship, and {model_path} has none; "
+                "name one that `rayloom templates` lists, or a .jinja file"
+            )
         return own if GENERATION.search(own) else _training_version(tokenizer, own) or own
     named = library_template(template)
     if named is not None:

@@ -47,8 +47,14 @@ def template_names() -> list[tuple[str, tuple[str, ...]]]:
 
 
 def known_names() -> list[str]:
-    """All names and aliases."""
-    return [name for entry in _library() for name in (entry.name, *entry.aliases)]
+    """All names and aliases, those of models with templates of their own too."""
+    return [name for entry in _library() for name in (entry.name, *entry.aliases)] + list(own_names())
+
+
+@lru_cache(maxsize=1)
+def own_names() -> tuple[str, ...]:
+    """LlamaFactory's names of families whose models all ship a template: they stand for the model's own."""
+    return tuple((resources.files("rayloom.data") / "templates" / "own.txt").read_text(encoding="utf-8").split())
 
 
 def library_template(name: str) -> str | None:

@@ -80,6 +80,7 @@ def ray_trainer(work: Work, monitor: Any) -> Any:
             "job": job.model_dump(mode="json"),
             "monitor": monitor,
             "dealers": _dealers(work),
+            "chat_template": getattr(work.encoder, "template", None),
             "device": resources.device,
             "sets": [data_set.name for data_set in work.plan.sets],
             "eval_sets": [data_set.name for data_set in work.eval_plan.sets] if work.eval_plan else [],

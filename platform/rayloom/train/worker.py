@@ -111,6 +111,8 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
         # The arguments come before the model: under ZeRO-3 they make `from_pretrained` load it in shards.
         arguments = _arguments(job, device, precision, scratch)
         tokenizer = load_tokenizer(TokenizerSource.of(job.model))
+        if config["chat_template"] and (job.data.template != "auto" or not tokenizer.chat_template):
+            tokenizer.chat_template = config["chat_template"]  # saved with the model, which answers in no other
         base = load_causal_lm(
             job.model,
             _weight_dtype(job, precision),

@@ -27,6 +27,8 @@ _OPENAI = Tags(
     observation_tag="tool",
     system_tag="system",
 )
+# What OpenAI's API says besides: newer models have a developer, older ones answered by functions.
+_OPENAI_ALIASES: dict[str, Role] = {"developer": "system", "function": "tool"}
 
 
 def from_sharegpt(row: Row, description: Description) -> Example:
@@ -35,7 +37,11 @@ def from_sharegpt(row: Row, description: Description) -> Example:
 
 
 def from_openai(row: Row, description: Description) -> Example:
-    """`messages`: a list of `{role: user|assistant|tool|system, content}`, `tool_calls` of the assistant."""
+    """`messages`: a list of `{role: user|assistant|tool|system, content}`, `tool_calls` of the assistant.
+
+    `content` may be a list of parts with text. `developer`, `function` and `function_call` are read as what has
+    replaced them or what they replaced.
+    """
     return _from_turns(row, description, _words(description.tags, _OPENAI), "messages")
 
 
@@ -50,7 +56,9 @@ class _Words:
             tags.function_tag: "assistant",
             tags.system_tag: "system",
         }
-        self.roles: dict[str, Role] = {word: role for word, role in roles.items() if word is not None}
+        named: dict[str, Role] = {word: role for word, role in roles.items() if word is not None}
+        aliases = _OPENAI_ALIASES if tags.role_tag == _OPENAI.role_tag else {}
+        self.roles = named | {word: role for word, role in aliases.items() if word not in named}
         self.function = tags.function_tag
         self.role_key, self.text_key = tags.role_tag or "", tags.content_tag or ""
 
@@ -89,7 +97,7 @@ def _turns(row: Row, column: str, words: _Words) -> list[Message]:
 
 
 def _message(turn: Any, where: str, words: _Words) -> Message:
-    calls = turn.get("tool_calls") if isinstance(turn, dict) else None
+    calls = _calls_of(turn)
     if not isinstance(turn, dict) or words.role_key not in turn or (words.text_key not in turn and not calls):
         raise ValueError(f"{where} must have {words.role_key!r} and {words.text_key!r}")
     name, content = turn[words.role_key], turn.get(words.text_key)
@@ -98,6 +106,8 @@ def _message(turn: Any, where: str, words: _Words) -> Message:
     role = words.roles[name]
     if content is None and calls:
         content = ""
+    if isinstance(content, list):
+        content = _joined(content, f"{where}: {words.text_key!r}")
     if not isinstance(content, str):
         raise ValueError(f"{where}: {words.text_key!r} must be text")
     tool_calls: tuple[ToolCall, ...] = ()
@@ -108,6 +118,27 @@ def _message(turn: Any, where: str, words: _Words) -> Message:
             raise ValueError(f"{where}: 'tool_calls' of the {role}; only the assistant calls tools")
         tool_calls = read_calls(calls, where)
     return Message(role, content, tool_calls, _train_flag(turn, where))
+
+
+def _calls_of(turn: Any) -> Any:
+    """The tools that a turn calls: a list, or the one function that OpenAI's first form had."""
+    if not isinstance(turn, dict):
+        return None
+    function = turn.get("function_call")
+    return turn.get("tool_calls") or ([function] if isinstance(function, dict) else None)
+
+
+def _joined(parts: list[Any], what: str) -> str:
+    """The text of a turn that is given in parts, `{type: text, text}` each."""
+    texts = [part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None for part in parts]
+    for number, (part, found) in enumerate(zip(parts, texts, strict=True), 1):
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if kind != "text" or not isinstance(found, str):
+            raise ValueError(
+                f"{what}: part {number} is {part!s:.60}; parts must be {{type: text, text: ...}}, and images, "
+                "videos and audios stand in columns of their own"
+            )
+    return "".join(found for found in texts if found is not None)
 
 
 def _train_flag(turn: dict[str, Any], where: str) -> bool | None:
