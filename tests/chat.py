@@ -31,9 +31,15 @@ def conversation(*turns: tuple[Any, str]) -> Example:
 SINGLE = conversation(("user", "What is your name?"), ("assistant", "My name is Loomis."))
 
 
+_STATES: dict[tuple[int, int], tuple[Any, TokenizerState]] = {}
+
+
 def renderer_of(tokenizer: Any, template: str, **options: Any) -> Renderer:
     """A renderer with a tokenizer of transformers, as the data tasks have it."""
-    return Renderer(TokenizerState.of(tokenizer).load(), template, **options)
+    size = (id(tokenizer), len(tokenizer))  # a large vocabulary takes a second to write down
+    if size not in _STATES:
+        _STATES[size] = (tokenizer, TokenizerState.of(tokenizer))
+    return Renderer(_STATES[size][1].load(), template, **options)
 
 
 def trained_runs(tokenizer: Any, rendered: Rendered) -> list[str]:

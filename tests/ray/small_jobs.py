@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,22 @@ def metrics(config: JobConfig) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def plain_losses(model: Any, steps: list[list[tuple[list[int], list[int]]]], config: JobConfig) -> list[float]:
+def cross_entropies(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The negative log-likelihood of each token."""
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
+def plain_losses(
+    model: Any,
+    steps: list[list[tuple[list[int], list[int]]]],
+    config: JobConfig,
+    of_tokens: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = cross_entropies,
+) -> list[float]:
     """Losses of a loop written without Rayloom, Ray, DeepSpeed or packing: every example is a batch of its own.
 
     Args:
         steps: for each optimizer step its examples as (input_ids, labels).
+        of_tokens: (logits, labels) of an example -> the loss of each of its tokens.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     train = config.train
@@ -73,7 +85,7 @@ def plain_losses(model: Any, steps: list[list[tuple[list[int], list[int]]]], con
         total = 0.0
         for input_ids, labels in examples:
             logits = model(torch.tensor([input_ids]), use_cache=False).logits[0, :-1].float()
-            loss = torch.nn.functional.cross_entropy(logits, torch.tensor(labels[1:]), reduction="sum") / trained
+            loss = of_tokens(logits, torch.tensor(labels[1:])).sum() / trained
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)

@@ -1,4 +1,4 @@
-"""Each recipe of `jobs/methods/` and `jobs/models/` trains two steps on a tiny model, and what it saves loads."""
+"""Each recipe of the folders in `jobs/` trains two steps on a tiny model, and what it saves loads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from rayloom.methods.config import LoraConfig
 from rayloom.train.driver import run_job
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = [path for folder in ("methods", "models") for path in sorted((ROOT / "jobs" / folder).glob("*.yaml"))]
+FOLDERS = ("methods", "models", "optimizers", "losses")
+RECIPES = [path for folder in FOLDERS for path in sorted((ROOT / "jobs" / folder).glob("*.yaml"))]
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("connected")]
 
 # What suits thirty layers does not suit two.
@@ -27,6 +28,9 @@ SMALLER = {
     "llama-adapter": ["method.layers=1"],
     "second-adapter": ["method.adapters=[ADAPTER]"],
     "long-context": ["data.cutoff=256"],
+    "apollo": ["optimizer.rank=8"],
+    "galore": ["optimizer.rank=8"],
+    "galore-layerwise": ["optimizer.rank=8"],
 }
 
 
@@ -57,10 +61,12 @@ def test_a_recipe_trains(
     result = run_job(job, started=time.time())
     assert (result["status"], result["steps"]) == ("finished", 2)
     rows = [json.loads(line) for line in (job.run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert all(row["grad_norm"] > 0 for row in rows)
+    norms = [row["grad_norm"] for row in rows if "loss" in row]
+    assert norms == [None, None] if recipe.stem == "galore-layerwise" else min(norms) > 0
     parameters = result["parameters"]
     assert 0 < parameters["trained"] <= parameters["all"]
-    assert f"trains {parameters['trained']:,} of {parameters['all']:,} parameters" in capsys.readouterr().out
+    if not recipe.stem.startswith("badam"):  # it trains a part at a time, which the report of the start does not know
+        assert f"trains {parameters['trained']:,} of {parameters['all']:,} parameters" in capsys.readouterr().out
 
     model, ids = job.run_dir / "model", torch.arange(5, 20).unsqueeze(0)
     kind = peft.AutoPeftModelForCausalLM if (model / "adapter_config.json").exists() else AutoModelForCausalLM

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import yaml
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
-from tests.ray.small_jobs import job, metrics, plain_losses, run, write_rows
+from tests.ray.small_jobs import cross_entropies, job, metrics, plain_losses, run, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayloom.config.job import JobConfig
@@ -68,32 +69,72 @@ def losses(rows: list[dict[str, Any]]) -> list[float]:
     return [row["loss"] for row in rows]
 
 
-def test_losses_equal_a_loop_without_packing(plain: Any, tiny_model: Path) -> None:
-    config, result, rows = plain
+def examples_of(config: JobConfig, steps: int) -> list[list[tuple[list[int], list[int]]]]:
+    """Ids and labels of the examples that each step of two rows takes, found from the stream."""
     plan, encoder = prepare_data(config)
-    # The same examples, step by step, found from the positions that the run reported.
-    taken: list[list[Example]] = []
     options = segment_options(config)
     segments = list(itertools.islice(Walk(plan).segments(Position()), 12))  # more than the steps take
     tables = [EncodeSegment(encoder, options)(plan, segment) for segment in segments]
     items = [item for segment in segments for item in read_segment(plan, segment, options)]
     by_row = {(item.set, item.row): item.example for item in items}
     stream = [row for table in tables for row in table.to_pylist()]
-    for step in range(STEPS):
-        members = [
-            by_row[address]
-            for row in stream[step * 2 : step * 2 + 2]
-            for address in zip(row["sets"], row["rows"], strict=True)
-        ]
-        taken.append(members)
+    taken: list[list[Example]] = []
+    for step in range(steps):
+        rows = stream[step * 2 : step * 2 + 2]
+        taken.append([by_row[address] for row in rows for address in zip(row["sets"], row["rows"], strict=True)])
+    return [[(one.input_ids, one.labels) for one in encoder.encode(examples, 128)] for examples in taken]
+
+
+def fresh_model(config: JobConfig, folder: Path) -> Any:
+    """As the worker makes it: LoRA's A factors are drawn at random, after seeding, loading and attaching."""
     torch.manual_seed(config.train.seed)
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    model = attach_method(model, config.method)
-    # LoRA's A factors are drawn at random, after seeding, loading and attaching in this order, as in the worker.
-    steps = [[(one.input_ids, one.labels) for one in encoder.encode(examples, 128)] for examples in taken]
-    expected = plain_losses(model, steps, config)
+    return attach_method(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), config.method)
+
+
+def test_losses_equal_a_loop_without_packing(plain: Any, tiny_model: Path) -> None:
+    config, result, rows = plain
+    expected = plain_losses(fresh_model(config, tiny_model), examples_of(config, STEPS), config)
     assert losses(rows) == pytest.approx(expected, abs=1e-5)
     assert result["engine"] == {"class": "DistributedDataParallel", "zero_stage": 0}
+
+
+def _dft(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    likelihoods = logits.softmax(-1)[range(len(labels)), labels]
+    return -likelihoods.detach() * likelihoods.log()
+
+
+def _eaft(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    best = logits.detach().sort(-1, descending=True).values[:, :20].softmax(-1)
+    unsure = -(best * best.log()).sum(-1) / math.log(20)
+    return unsure**8 * cross_entropies(logits, labels)
+
+
+def _smoothed(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return 0.7 * cross_entropies(logits, labels) - 0.3 * logits.log_softmax(-1).mean(-1)
+
+
+LOSSES = {
+    "dft": ({"loss": "dft"}, _dft, 2),
+    "eaft": ({"loss": "eaft", "eaft_alpha": 8.0}, _eaft, 1),
+    "smoothed": ({"label_smoothing": 0.3}, _smoothed, 1),
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["dft", *(pytest.param(name, marks=pytest.mark.slow) for name in ("eaft", "smoothed"))]
+)
+def test_each_loss_equals_a_loop(
+    name: str, plain: Any, tiny_model: Path, data: list[dict[str, Any]], mixed: dict[str, Any], tmp_path: Path
+) -> None:
+    stage, of_tokens, accumulation = LOSSES[name]
+    train = {"max_steps": 4, "learning_rate": 1e-2, "batch_size": 2 // accumulation}
+    config = job(
+        tiny_model, tmp_path, data, data=mixed, stage=stage, train={**train, "gradient_accumulation": accumulation}
+    )
+    _, rows = run(config)
+    expected = plain_losses(fresh_model(config, tiny_model), examples_of(config, 4), config, of_tokens)
+    assert losses(rows) == pytest.approx(expected, abs=1e-5)
+    assert abs(rows[0]["loss"] - plain[2][0]["loss"]) > 1e-3  # and it is another loss
 
 
 @pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])

@@ -12,7 +12,7 @@ from rayloom.data.config import DataConfig
 from rayloom.methods.config import LoraConfig, MethodConfig
 from rayloom.methods.optimizers.config import AdamWConfig, OptimizerConfig, refusals
 from rayloom.models.config import ModelConfig
-from rayloom.stages.config import StageConfig
+from rayloom.stages.config import SftConfig, StageConfig
 from rayloom.train.config import TrainConfig
 
 
@@ -31,7 +31,8 @@ class JobConfig(ConfigPart):
     method: MethodConfig = LoraConfig()
     """Which weights train, told by its `type`."""
     data: DataConfig
-    stage: StageConfig = StageConfig()
+    stage: StageConfig = SftConfig()
+    """The training approach, told by its `type`."""
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = AdamWConfig()
     """What turns gradients into steps, told by its `type`; `train` has the learning rate and the weight decay."""
@@ -40,6 +41,11 @@ class JobConfig(ConfigPart):
     @classmethod
     def _lora_unless_said(cls, value: Any) -> Any:
         return {"type": "lora", **value} if isinstance(value, dict) else value
+
+    @field_validator("stage", mode="before")
+    @classmethod
+    def _sft_unless_said(cls, value: Any) -> Any:
+        return {"type": "sft", **value} if isinstance(value, dict) else value
 
     @field_validator("optimizer", mode="before")
     @classmethod

@@ -61,7 +61,7 @@ class ChatTemplate:
         return "".join(written.blocks), written.spans
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def compile_template(source: str) -> ChatTemplate:
     """The template, compiled once in a process."""
     return ChatTemplate(source)

@@ -172,8 +172,10 @@ class StreamTrainer(transformers.Trainer):
         self.control.should_save = self.state.global_step > max(0, self._saved_step)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The model's own loss, at the trained positions."""
+        """The stage's loss at the trained positions, or the model's own."""
         self._trained_positions.choose(inputs.pop("positions"))
+        if self.compute_loss_func is not None:
+            del inputs["shift_labels"]  # without labels the model computes no loss of its own
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     # --- evaluation ------------------------------------------------------------------------------------------------
@@ -258,7 +260,8 @@ class StreamTrainer(transformers.Trainer):
             "progress": self._progress(),
             "loss": logs["loss"],
             "learning_rate": logs["learning_rate"],
-            "grad_norm": logs.get("grad_norm"),
+            # A layer-wise optimizer takes each gradient as it comes and leaves none to measure.
+            "grad_norm": None if self._optimizer_config.type.endswith("layerwise") else logs.get("grad_norm"),
             "tokens_per_second": (self.meter.tokens - tokens) / (now - then),
             "data_wait": self._waited / (now - then),
             "tokens": self.meter.tokens,

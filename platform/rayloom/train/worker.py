@@ -31,6 +31,7 @@ from rayloom.models.load import load_causal_lm
 from rayloom.models.precision import Precision, cast_trained, choose_precision, computes_bf16, computing_dtype
 from rayloom.models.tokenizer import TokenizerSource, load_tokenizer, pad_token
 from rayloom.models.vocabulary import added_token_ids
+from rayloom.stages.step_loss import step_loss, token_loss
 from rayloom.train.deepspeed import deepspeed_config, engine_of
 from rayloom.train.kernels import load_cpu_kernels
 from rayloom.train.meter import StreamMeter
@@ -113,13 +114,14 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
         tokenizer = load_tokenizer(TokenizerSource.of(job.model))
         if config["chat_template"] and (job.data.template != "auto" or not tokenizer.chat_template):
             tokenizer.chat_template = config["chat_template"]  # saved with the model, which answers in no other
+        batches_per_step = job.train.workers * job.train.gradient_accumulation
         base = load_causal_lm(
             job.model,
             _weight_dtype(job, precision),
             tokenizer=tokenizer,
             cutoff=job.data.cutoff,
             seed=job.train.seed,
-            batches_per_step=job.train.workers * job.train.gradient_accumulation,
+            batches_per_step=batches_per_step,
         )
         model = attach_method(base, job.method, added_token_ids(tokenizer, job.model))
         if job.train.deepspeed == "none":
@@ -138,8 +140,10 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
         if checkpoint is not None:
             folder = stack.enter_context(checkpoint.as_directory())
             meter, _ = StreamMeter.load(Path(folder))
+        of_token = token_loss(job.stage)
         trainer = StreamTrainer(
             model=model,
+            compute_loss_func=of_token and step_loss(of_token, (job.model.moe_aux_loss or 0.0) / batches_per_step),
             optimizer_config=job.optimizer,
             args=arguments,
             processing_class=tokenizer,
@@ -196,7 +200,7 @@ def _arguments(job: JobConfig, device: str, precision: Precision, scratch: Path)
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm or 0.0,  # 0: none
         optim=optim_name(job.optimizer),
-        neftune_noise_alpha=job.stage.neftune,
+        neftune_noise_alpha=getattr(job.stage, "neftune", None),
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         use_cpu=device == "cpu",
@@ -209,7 +213,8 @@ def _arguments(job: JobConfig, device: str, precision: Precision, scratch: Path)
         seed=train.seed,
         report_to=[],
         disable_tqdm=True,
-        ddp_find_unused_parameters=getattr(job.optimizer, "mode", None) == "layer",  # BAdam's layers take turns
+        # BAdam's layers take turns, and an adapter may stand where a batch does not come by: on an expert's layer, say.
+        ddp_find_unused_parameters=job.method.type != "full" or getattr(job.optimizer, "mode", None) == "layer",
     )
 
 
