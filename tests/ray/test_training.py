@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -137,6 +138,21 @@ def test_each_loss_equals_a_loop(
     assert abs(rows[0]["loss"] - plain[2][0]["loss"]) > 1e-3  # and it is another loss
 
 
+def test_a_loss_that_is_no_number_ends_the_job(tiny_model: Path, data: list[dict[str, Any]], tmp_path: Path) -> None:
+    train = {"learning_rate": 1e30, "max_grad_norm": None, "max_steps": 9, "save_steps": 1}
+    config = job(tiny_model, tmp_path, data, data={"mix": "interleave_once"}, train=train)
+    with pytest.raises(JobError, match=r"step \d: the loss is (nan|inf) on rank 0") as failed:
+        run(config)
+    text, rows = str(failed.value), metrics(config)
+    step = int(re.findall(r"step (\d+): the loss", text)[0])
+    assert [row["step"] for row in rows] == list(range(1, step))  # none was made with it
+    assert f"the gradient's norm was {rows[-1]['grad_norm']:.3g} at step {step - 1}" in text
+    assert re.search(r"The rows of this rank's batch \(chunk:row\): (short|long) \d+:\d+", text)
+    assert "Traceback" not in text
+    assert "The last checkpoint is kept" in text
+    assert json.loads((config.run_dir / "result.json").read_text())["status"] == "failed"
+
+
 @pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
 def test_zero_on_two_workers_equals_plain(
     stage: str, plain: Any, tiny_model: Path, data: Any, mixed: dict[str, Any], tmp_path: Path
@@ -147,7 +163,7 @@ def test_zero_on_two_workers_equals_plain(
         tmp_path,
         data,
         data=mixed,
-        train={"max_steps": STEPS, "workers": 2, "batch_size": 1, "deepspeed": stage},
+        train={"max_steps": STEPS, "workers": 2, "batch_size": 1, "global_batch_size": 2, "deepspeed": stage},
     )
     result, rows = run(config)
     assert result["engine"] == {"class": "DeepSpeedEngine", "zero_stage": int(stage[-1])}
@@ -156,7 +172,7 @@ def test_zero_on_two_workers_equals_plain(
     assert [row["examples_seen"] for row in rows] == [row["examples_seen"] for row in expected]
 
 
-@pytest.mark.parametrize("changed", [{"batch_size": 1, "gradient_accumulation": 2}, {"activation_checkpointing": True}])
+@pytest.mark.parametrize("changed", [{"batch_size": 1, "global_batch_size": 2}, {"activation_checkpointing": True}])
 def test_what_must_not_change_the_losses(
     changed: dict[str, Any], plain: Any, tiny_model: Path, data: Any, mixed: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -275,6 +275,15 @@ def test_what_may_change(tmp_path, change):
     check_run_dir(make_job(tmp_path, resume=True, train=change))
 
 
+def test_a_global_batch_may_be_divided_otherwise(tmp_path):
+    an_earlier_run(make_job(tmp_path, train={"global_batch_size": 8, "batch_size": 2}), "stopped", steps=8)
+    check_run_dir(make_job(tmp_path, resume=True, train={"global_batch_size": 8, "batch_size": 1, "workers": 4}))
+    (message,) = refusal(make_job(tmp_path, resume=True, train={"global_batch_size": 4, "batch_size": 2}), tmp_path)
+    assert message.startswith("resume: train.global_batch_size is 4, but the run was made with 8")
+    messages = refusal(make_job(tmp_path, resume=True, train={"batch_size": 2}), tmp_path)
+    assert [message.partition(",")[0] for message in messages] == ["resume: train.gradient_accumulation is 1"]
+
+
 @pytest.mark.parametrize("deepspeed", ["zero1", "zero2", "zero3"])
 def test_sharded_state_keeps_its_number_of_workers(tmp_path, deepspeed):
     an_earlier_run(make_job(tmp_path, train={"deepspeed": deepspeed, "workers": 2}), "stopped", steps=8)

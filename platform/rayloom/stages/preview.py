@@ -200,11 +200,11 @@ def _findings(job: JobConfig, plan: Plan, sample: Sample) -> Iterator[str]:
     rows = sample.packed_rows if job.data.packing else kept
     in_epoch = rows * plan.estimated_epoch_length / len(sample.examples)
     train = job.train
-    per_step = train.workers * train.batch_size * train.gradient_accumulation
+    per_step = train.rows_per_step
     yield (
         f"an epoch is about {_about(in_epoch)} rows; at {per_step} a step, about {_about(in_epoch / per_step)} steps "
         f"({_count(train.workers, 'worker')}, batch_size {train.batch_size}, "
-        f"gradient_accumulation {train.gradient_accumulation})"
+        f"gradient_accumulation {train.accumulation})"
     )
 
 

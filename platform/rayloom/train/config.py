@@ -22,6 +22,10 @@ class TrainConfig(ConfigPart):
     """Rows in one worker's batch; at least 1."""
     gradient_accumulation: Whole = Field(default=1, ge=1)
     """Batches of each worker in one optimizer step; at least 1."""
+    global_batch_size: Whole | None = Field(default=None, ge=1)
+    """Rows in one optimizer step, of all workers together: a multiple of workers times `batch_size`, from which
+    `gradient_accumulation` follows. A step takes the same rows whatever the number of workers. Left out: workers times
+    `batch_size` times `gradient_accumulation`."""
     learning_rate: Number = Field(default=1e-4, gt=0)
     """Peak learning rate; above 0."""
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
@@ -57,6 +61,37 @@ class TrainConfig(ConfigPart):
     wait_for_resources: Number = Field(default=45.0, ge=0, le=86400)
     """Seconds to wait for busy resources before the job is given up. What the cluster has not got at all is refused
     at once."""
+
+    @property
+    def accumulation(self) -> int:
+        """Batches of each worker in one optimizer step."""
+        if self.global_batch_size is None:
+            return self.gradient_accumulation
+        return self.global_batch_size // (self.workers * self.batch_size)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows in one optimizer step, of all workers together."""
+        return self.workers * self.batch_size * self.accumulation
+
+    @model_validator(mode="after")
+    def _global_batch_divides(self) -> TrainConfig:
+        together, total = self.workers * self.batch_size, self.global_batch_size
+        if total is None:
+            return self
+        if total % together:
+            possible = [size for size in range(1, total + 1) if total % (self.workers * size) == 0]
+            right = f"batch_size may be {', '.join(map(str, possible))}" if possible else "no batch_size makes it fit"
+            raise ValueError(
+                f"global_batch_size {total} is no multiple of workers ({self.workers}) times batch_size "
+                f"({self.batch_size}); with {self.workers} workers {right}"
+            )
+        if self.gradient_accumulation not in (1, self.accumulation):
+            raise ValueError(
+                f"gradient_accumulation {self.gradient_accumulation} does not go with global_batch_size {total}, of "
+                f"which {self.accumulation} follows; leave one of them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _precision_fits_device(self) -> TrainConfig:

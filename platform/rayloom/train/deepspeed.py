@@ -19,7 +19,7 @@ def deepspeed_config(train: TrainConfig, precision: Precision) -> dict[str, Any]
         zero["stage3_gather_16bit_weights_on_model_save"] = True
     return {
         "train_micro_batch_size_per_gpu": train.batch_size,
-        "gradient_accumulation_steps": train.gradient_accumulation,
+        "gradient_accumulation_steps": train.accumulation,
         "gradient_clipping": train.max_grad_norm or 0.0,  # 0: none
         "bf16": {"enabled": precision == "bf16"},
         "fp16": {"enabled": precision == "fp16"},

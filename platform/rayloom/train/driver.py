@@ -123,6 +123,7 @@ class _Execution:
         self._monitor = start_monitor()
         self._outcome: dict[str, Any] | BaseException | None = None
         self._refused: RequestError | None = None
+        self._failed: str | None = None  # why, as the first worker that gave up says it
         self._trains = False
 
     def run(self) -> dict[str, Any]:
@@ -171,6 +172,8 @@ class _Execution:
                 self._phases.setdefault(event["name"], event["time"])
             elif event["kind"] == "refused":
                 self._refused = RequestError(*event["messages"])
+            elif event["kind"] == "failed":
+                self._failed = self._failed or event["text"]
             elif event["kind"] == "say":
                 for line in event["lines"]:
                     self._reporter.say(line)
@@ -190,7 +193,8 @@ class _Execution:
         if self._refused is not None:
             run.undo()
             return self._refused
-        text = (str(error) if isinstance(error, JobError) else f"{type(error).__name__}: {error}")[-4000:]
+        trace = str(error) if isinstance(error, JobError) else f"{type(error).__name__}: {error}"
+        text = self._failed or trace[-4000:]
         if not self._trains and run.replaced is not None:
             run.undo()
             return JobError(f"{self._work.job.name} failed before its first step. {text}\nThe earlier run is kept")

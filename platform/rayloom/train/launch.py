@@ -48,7 +48,7 @@ class Work:
         left = self.plan.segments_left(start)
         if left is None:
             train = self.job.train
-            rows = (train.max_steps or 0) * train.workers * train.batch_size * train.gradient_accumulation
+            rows = (train.max_steps or 0) * train.rows_per_step
             left = rows // self.first.num_rows
         return min(2 + 5 * left // 4, self.segments_at_once)
 

@@ -199,8 +199,13 @@ def _check_resume(job: JobConfig, run: RunDir) -> None:
     for key in ("model", "method", "data", "stage"):
         if getattr(before, key) != getattr(job, key):
             faults.append(f"resume: {key} differs from the run's own ({run.path / 'job.yaml'}); it must stay as it was")
-    for key in ("seed", "precision", "deepspeed", "batch_size", "gradient_accumulation"):
-        old, new = getattr(before.train, key), getattr(job.train, key)
+    keys = {key: key for key in ("seed", "precision", "deepspeed")}
+    if before.train.global_batch_size is None or job.train.global_batch_size is None:
+        keys |= {"batch_size": "batch_size", "gradient_accumulation": "accumulation"}
+    else:  # then a step takes the same rows, however they are divided
+        keys |= {"global_batch_size": "global_batch_size"}
+    for key, attribute in keys.items():
+        old, new = getattr(before.train, attribute), getattr(job.train, attribute)
         if old != new:
             faults.append(f"resume: train.{key} is {new}, but the run was made with {old}; it must stay as it was")
     if before.train.workers != job.train.workers and job.train.deepspeed != "none":

@@ -25,6 +25,7 @@ import torch
 import transformers
 
 from rayloom.data.rows import row_name
+from rayloom.errors import JobError
 from rayloom.methods.optimizers.badam import BAdam
 from rayloom.methods.optimizers.build import Setting, library_class, lora_plus, make_optimizer
 from rayloom.methods.prompts import virtual_tokens
@@ -35,6 +36,8 @@ from rayloom.train.evaluate import evaluate
 from rayloom.train.meter import BatchCount, StreamMeter
 from rayloom.train.monitor import answer
 from rayloom.train.schedule import learning_rate_factor
+
+_NAMED = 32  # rows that a message names at most
 
 
 class ProgressSchedule:
@@ -109,6 +112,8 @@ class StreamTrainer(transformers.Trainer):
         self._saved_step = -1
         self._log_clock: tuple[float, int] | None = None  # (time, tokens) of the row before; set by the first batch
         self._waited = 0.0  # seconds of waiting for data since then
+        self._taken: list[tuple[int, int]] = []  # set and row of this rank's examples in the step
+        self._grad_norm: tuple[int, float | None] = (0, None)  # the step that was logged last, and its gradient's norm
         self._evaluated: tuple[int, dict[str, float]] | None = None  # the last evaluation's step and metrics
         self.stopped = False
 
@@ -139,8 +144,9 @@ class StreamTrainer(transformers.Trainer):
                 self._waited = 0.0
                 self._log_clock = (time.perf_counter(), self.meter.tokens)
             step.add_to(self.meter)
+            self._taken = list(count.names)
             if self._manifest:
-                self._post_manifest(count)
+                self._post_manifest()
             if step.trained_tokens:
                 break  # else all of these examples were left out: take the next ones
         batches = [make_batch(table, self._pad_token) for table in tables]
@@ -151,12 +157,12 @@ class StreamTrainer(transformers.Trainer):
         self._schedule.set(learning_rate_factor(middle, self._settings.scheduler, self._settings.warmup))
         return batches, torch.tensor(step.trained_tokens, device=device)
 
-    def _post_manifest(self, count: BatchCount) -> None:
+    def _post_manifest(self) -> None:
         """Tell the driver which rows this rank takes in the coming step."""
         row = {
             "step": self.state.global_step + 1,
             "rank": self.args.process_index,
-            "examples": [[self._set_names[number], row_name(row)] for number, row in count.names],
+            "examples": [[self._set_names[number], row_name(row)] for number, row in self._taken],
         }
         answer(self._monitor.post.remote({"kind": "manifest", "row": row}), f"rank {self.args.process_index}")
 
@@ -176,7 +182,22 @@ class StreamTrainer(transformers.Trainer):
         self._trained_positions.choose(inputs.pop("positions"))
         if self.compute_loss_func is not None:
             del inputs["shift_labels"]  # without labels the model computes no loss of its own
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
+        if not torch.isfinite(loss.detach()):
+            raise JobError(self._not_finite(float(loss)))
+        return loss
+
+    def _not_finite(self, loss: float) -> str:
+        """Why the job ends before such a loss has spoilt the weights, and where to look."""
+        rows = [f"{self._set_names[number]} {row_name(row)}" for number, row in self._taken]
+        step, norm = self._grad_norm
+        before = f"the gradient's norm was {norm:.3g} at step {step}" if norm is not None else "no step was logged yet"
+        more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
+        return (
+            f"step {self.state.global_step + 1}: the loss is {loss} on rank {self.args.process_index}, and no step was "
+            f"made with it; {before}. The rows of this rank's batch (chunk:row): {', '.join(rows[:_NAMED])}{more}. "
+            "Lower train.learning_rate, compute in bf16 or fp32, or look at these rows"
+        )
 
     # --- evaluation ------------------------------------------------------------------------------------------------
 
@@ -270,6 +291,7 @@ class StreamTrainer(transformers.Trainer):
             "position": self.meter.position.as_dict(),
         }
         self._waited = 0.0
+        self._grad_norm = (self.state.global_step, row["grad_norm"])
         if self.is_world_process_zero():
             answer(self._monitor.post.remote({"kind": "metrics", "row": row}), "rank 0")
 

@@ -21,7 +21,7 @@ import transformers
 
 from rayloom.config.job import JobConfig
 from rayloom.data.deal import Shard
-from rayloom.errors import RequestError
+from rayloom.errors import JobError, RequestError
 from rayloom.methods.attach import attach_method
 from rayloom.methods.optimizers.build import optim_name
 from rayloom.methods.optimizers.support import check_precision
@@ -69,12 +69,16 @@ class _Milestones(transformers.TrainerCallback):
 def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
     """One worker's life. Rank 0's return value is the driver's summary.
 
-    What is wrong with the request is posted to the driver: Ray keeps only the text of a worker's exception.
+    What is wrong with the request, and why a job must end, is posted to the driver: Ray keeps only the text of an
+    exception, wrapped in traces.
     """
     try:
         return _train(config)
     except RequestError as error:
         answer(config["monitor"].post.remote({"kind": "refused", "messages": error.messages}), "a worker")
+        raise
+    except JobError as error:
+        answer(config["monitor"].post.remote({"kind": "failed", "text": str(error)}), "a worker")
         raise
 
 
@@ -114,7 +118,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
         tokenizer = load_tokenizer(TokenizerSource.of(job.model))
         if config["chat_template"] and (job.data.template != "auto" or not tokenizer.chat_template):
             tokenizer.chat_template = config["chat_template"]  # saved with the model, which answers in no other
-        batches_per_step = job.train.workers * job.train.gradient_accumulation
+        batches_per_step = job.train.workers * job.train.accumulation
         base = load_causal_lm(
             job.model,
             _weight_dtype(job, precision),
@@ -193,7 +197,7 @@ def _arguments(job: JobConfig, device: str, precision: Precision, scratch: Path)
         output_dir=str(scratch),
         max_steps=train.max_steps or _ENDLESS,
         per_device_train_batch_size=train.batch_size,
-        gradient_accumulation_steps=train.gradient_accumulation,
+        gradient_accumulation_steps=train.accumulation,
         gradient_checkpointing=train.activation_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         learning_rate=train.learning_rate,

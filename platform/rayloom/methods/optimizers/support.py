@@ -152,8 +152,8 @@ def refusals(optimizer: Any, train: Any, method: Any) -> list[str]:
         faults.append(f"{kind} needs train.workers: 1, not {train.workers}: {support.one_worker}")
     if support.in_backward:
         backward = f"{kind} steps within the backward pass, so it needs"
-        if train.gradient_accumulation > 1:
-            faults.append(f"{backward} train.gradient_accumulation: 1, not {train.gradient_accumulation}")
+        if train.accumulation > 1:
+            faults.append(f"{backward} train.gradient_accumulation: 1, not {train.accumulation}")
         if train.max_grad_norm is not None:
             faults.append(f"{backward} train.max_grad_norm: null (no clipping), not {train.max_grad_norm:g}")
         if train.precision == "fp16":
