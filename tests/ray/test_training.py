@@ -400,7 +400,7 @@ def test_evaluation_on_what_is_held_out_and_bad_rows_counted(tiny_model: Path, t
     options = eval_options(config)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     model = PeftModel.from_pretrained(model, config.run_dir / "model").eval()
-    total = tokens = 0.0
+    total = hits = tokens = 0.0
     for segment in Walk(plan).segments(Position()):
         for row in EncodeSegment(encoder, options)(plan, segment).to_pylist():
             if row["input_ids"]:
@@ -408,8 +408,10 @@ def test_evaluation_on_what_is_held_out_and_bad_rows_counted(tiny_model: Path, t
                 with torch.no_grad():
                     logits = model(torch.tensor([row["input_ids"]]), use_cache=False).logits[0, :-1]
                 total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+                hits += int((logits.argmax(-1) == labels).sum())
                 tokens += int((labels >= 0).sum())
     assert result["eval"]["eval_loss"] == pytest.approx(total / tokens, abs=1e-5)
+    assert result["eval"]["eval_accuracy"] == pytest.approx(hits / tokens, abs=1e-9)
 
 
 def test_pretraining_on_plain_text(tiny_model: Path, tmp_path: Path) -> None:

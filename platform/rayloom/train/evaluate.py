@@ -1,6 +1,6 @@
-"""Evaluation on rows that are not trained on: the loss per trained token, of each data set and of all.
+"""Evaluation on rows that are not trained on: per trained token the loss, and whether it was the likeliest.
 
-Every rank runs its own rows; sums of losses and tokens are added up. Logits of one batch are in memory at a time.
+Every rank runs its own rows; sums of losses, hits and tokens are added up. Logits of one batch are in memory at a time.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ def evaluate(
     pad_token: int,
     device: torch.device,
 ) -> dict[str, float]:
-    """`eval_loss`, `eval_perplexity`, and `eval_loss/<set>` where there are several sets.
+    """`eval_loss` (cross-entropy), `eval_perplexity`, `eval_accuracy` (share of the tokens that the model holds for the
+    likeliest), and of each set `eval_loss/<set>` and `eval_accuracy/<set>` where there are several.
 
     Args:
         tables: this rank's batches, one example a row; every rank has as many.
         names: of the sets, in the order of their numbers.
     """
-    sums = torch.zeros(2, len(names), dtype=torch.float64, device=device)  # of losses, of tokens
+    sums = torch.zeros(3, len(names), dtype=torch.float64, device=device)  # of losses, hits, tokens
     was_training = model.training
     model.eval()
     with torch.no_grad():
@@ -39,11 +40,14 @@ def evaluate(
     model.train(was_training)
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)
-    losses, tokens = sums.cpu()
-    mean = float(losses.sum() / tokens.sum())
-    metrics = {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0))}
+    losses, hits, tokens = sums.cpu()
+    mean, accuracy = float(losses.sum() / tokens.sum()), float(hits.sum() / tokens.sum())
+    metrics = {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0)), "eval_accuracy": accuracy}
     if len(names) > 1:
-        metrics |= {f"eval_loss/{name}": float(losses[i] / tokens[i]) for i, name in enumerate(names) if tokens[i]}
+        for i, name in enumerate(names):
+            if tokens[i]:
+                metrics[f"eval_loss/{name}"] = float(losses[i] / tokens[i])
+                metrics[f"eval_accuracy/{name}"] = float(hits[i] / tokens[i])
     return metrics
 
 
@@ -64,4 +68,5 @@ def _add(
     set_of_row = torch.tensor([sets[0] if sets else 0 for sets in table["sets"].to_pylist()] or [0], device=device)
     set_of_token = set_of_row[positions // batch["input_ids"].shape[1]]
     sums[0].index_add_(0, set_of_token, losses)
-    sums[1].index_add_(0, set_of_token, (labels != IGNORED).double())
+    sums[1].index_add_(0, set_of_token, (logits.argmax(-1) == labels).double())
+    sums[2].index_add_(0, set_of_token, (labels != IGNORED).double())

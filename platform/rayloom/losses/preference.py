@@ -1,0 +1,227 @@
+"""What preference training minimises, pair by pair: DPO and its relatives.
+
+Each function takes `Pairs` and returns the loss of each pair, (pairs,). `r` below is an answer's log-ratio, its
+log-probability under the policy less that under the reference, and `w` and `l` are the chosen and the rejected answer.
+`LOSSES` names them, and says which need a reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import logsigmoid
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Log-probabilities of chosen and rejected answers, summed over their tokens; all (pairs,).
+
+    The reference's are None for losses that know no reference.
+    """
+
+    chosen: torch.Tensor
+    rejected: torch.Tensor
+    chosen_tokens: torch.Tensor
+    rejected_tokens: torch.Tensor
+    reference_chosen: torch.Tensor | None = None
+    reference_rejected: torch.Tensor | None = None
+
+    @property
+    def ratios(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`r_w` and `r_l`.
+
+        Raises:
+            ValueError: there is no reference.
+        """
+        if self.reference_chosen is None or self.reference_rejected is None:
+            raise ValueError("this loss needs the log-probabilities of a reference")
+        return self.chosen - self.reference_chosen, self.rejected - self.reference_rejected
+
+    @property
+    def margin(self) -> torch.Tensor:
+        """`r_w - r_l`."""
+        chosen, rejected = self.ratios
+        return chosen - rejected
+
+    @property
+    def means(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The answers' mean log-probabilities of a token under the policy."""
+        return self.chosen / self.chosen_tokens, self.rejected / self.rejected_tokens
+
+
+PairLoss = Callable[..., torch.Tensor]
+
+
+def sigmoid(pairs: Pairs, beta: float, *, label_smoothing: float = 0.0) -> torch.Tensor:
+    """`-(1 - e) log s(beta (r_w - r_l)) - e log s(-beta (r_w - r_l))`: DPO (Rafailov et al. 2023,
+    https://arxiv.org/abs/2305.18290, equation 7); with `e`, the share of pairs that are the wrong way round, its
+    conservative form."""
+    return _smoothed(beta * pairs.margin, label_smoothing)
+
+
+def robust(pairs: Pairs, beta: float, *, label_smoothing: float = 0.0) -> torch.Tensor:
+    """`(-(1 - e) log s(m) + e log s(-m)) / (1 - 2e)`, `m = beta (r_w - r_l)`: unbiased where a share `e`, below a half,
+    of the pairs is the wrong way round (Chowdhury et al. 2024, https://arxiv.org/abs/2403.00409, equation 12)."""
+    margin = beta * pairs.margin
+    kept, flipped = -logsigmoid(margin), -logsigmoid(-margin)
+    return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+
+
+def hinge(pairs: Pairs, beta: float) -> torch.Tensor:
+    """`max(0, 1 - beta (r_w - r_l))` (SLiC's, normalised by the reference; https://arxiv.org/abs/2309.06657)."""
+    return torch.relu(1 - beta * pairs.margin)
+
+
+def ipo(pairs: Pairs, beta: float) -> torch.Tensor:
+    """`(r_w / |w| - r_l / |l| - 1 / (2 beta))^2` (Azar et al. 2023, https://arxiv.org/abs/2310.12036, equation 17),
+    with log-ratios per token, as its authors ran it."""
+    chosen, rejected = pairs.ratios
+    return (chosen / pairs.chosen_tokens - rejected / pairs.rejected_tokens - 1 / (2 * beta)) ** 2
+
+
+def kto_pair(pairs: Pairs, beta: float) -> torch.Tensor:
+    """`(1 - s(beta (r_w - z_l)) + 1 - s(beta (z_w - r_l))) / 2`: KTO (https://arxiv.org/abs/2402.01306, equation 8) on
+    pairs. `z` is the batch's mean log-ratio of the other side, at least 0 and held constant: an estimate of the
+    divergence from the reference."""
+    chosen, rejected = pairs.ratios
+    z_chosen, z_rejected = (ratio.detach().mean().clamp(min=0) for ratio in (chosen, rejected))
+    return 1 - (torch.sigmoid(beta * (chosen - z_rejected)) + torch.sigmoid(beta * (z_chosen - rejected))) / 2
+
+
+def bco_pair(pairs: Pairs, beta: float, *, shift: float = 0.0) -> torch.Tensor:
+    """`-log s(beta r_w - d) - log s(-(beta r_l - d))`: binary classifier optimization (Jung et al. 2024,
+    https://arxiv.org/abs/2404.04656, equation 12) on pairs.
+
+    Args:
+        shift: `d`, the running mean of all rewards `beta r`.
+    """
+    chosen, rejected = pairs.ratios
+    return -logsigmoid(beta * chosen - shift) - logsigmoid(-(beta * rejected - shift))
+
+
+def apo_zero(pairs: Pairs, beta: float) -> torch.Tensor:
+    """`1 - s(beta r_w) + s(beta r_l)`: anchored (D'Oosterlinck et al. 2024, https://arxiv.org/abs/2408.06266,
+    equation 7); for chosen answers that are better than the model's own."""
+    chosen, rejected = pairs.ratios
+    return 1 - torch.sigmoid(beta * chosen) + torch.sigmoid(beta * rejected)
+
+
+def apo_down(pairs: Pairs, beta: float) -> torch.Tensor:
+    """`s(beta r_w) + 1 - s(beta (r_w - r_l))`: the same, equation 8; for chosen answers worse than the model's own."""
+    chosen, _ = pairs.ratios
+    return torch.sigmoid(beta * chosen) + 1 - torch.sigmoid(beta * pairs.margin)
+
+
+def sppo_hard(pairs: Pairs, beta: float) -> torch.Tensor:
+    """`(r_w - 1 / (2 beta))^2 + (r_l + 1 / (2 beta))^2`: self-play preference optimization (Wu et al. 2024,
+    https://arxiv.org/abs/2405.00675, equation 4.7), the chosen answer winning always."""
+    chosen, rejected = pairs.ratios
+    return (chosen - 0.5 / beta) ** 2 + (rejected + 0.5 / beta) ** 2
+
+
+def nca_pair(pairs: Pairs, beta: float) -> torch.Tensor:
+    """`-log s(beta r_w) - log s(-beta r_w) / 2 - log s(-beta r_l) / 2`: noise contrastive alignment (Chen et al. 2024,
+    https://arxiv.org/abs/2402.05369, algorithm 1 for two answers)."""
+    chosen, rejected = (beta * ratio for ratio in pairs.ratios)
+    return -logsigmoid(chosen) - (logsigmoid(-chosen) + logsigmoid(-rejected)) / 2
+
+
+def exo_pair(pairs: Pairs, beta: float, *, label_smoothing: float = 1e-3) -> torch.Tensor:
+    """`KL(p || q)` of `p = (s(m), s(-m))`, `m = beta (r_w - r_l)`, from `q = (1 - e, e)`: efficient exact optimization
+    (Ji et al. 2024, https://arxiv.org/abs/2402.00856, equation 16).
+
+    Args:
+        label_smoothing: `e`, above 0: what the rejected answer is held to be worth.
+    """
+    margin = beta * pairs.margin
+    worth = margin.new_tensor([1 - label_smoothing, label_smoothing]).log()
+    return torch.sigmoid(margin) * (logsigmoid(margin) - worth[0]) + torch.sigmoid(-margin) * (
+        logsigmoid(-margin) - worth[1]
+    )
+
+
+def aot(pairs: Pairs, beta: float, *, label_smoothing: float = 0.0) -> torch.Tensor:
+    """DPO on the batch's sorted margins, the policy's against the reference's: alignment via optimal transport
+    (Melnyk et al. 2024, https://arxiv.org/abs/2406.05882, equation 6). The i-th loss is no longer the i-th pair's."""
+    if pairs.reference_chosen is None or pairs.reference_rejected is None:
+        raise ValueError("this loss needs the log-probabilities of a reference")
+    policy, _ = torch.sort(pairs.chosen - pairs.rejected)
+    reference, _ = torch.sort(pairs.reference_chosen - pairs.reference_rejected)
+    return _smoothed(beta * (policy - reference), label_smoothing)
+
+
+def discopop(pairs: Pairs, beta: float, *, temperature: float = 0.05) -> torch.Tensor:
+    """`-(1 - s(m / t)) log s(m) + s(m / t) exp(-m)`, `m = beta (r_w - r_l)`: the loss that a language model discovered
+    (Lu et al. 2024, https://arxiv.org/abs/2406.08414, equation 5)."""
+    margin = beta * pairs.margin
+    blend = torch.sigmoid(margin / temperature)
+    return -(1 - blend) * logsigmoid(margin) + blend * torch.exp(-margin)
+
+
+def cpo(pairs: Pairs, beta: float, *, label_smoothing: float = 0.0) -> torch.Tensor:
+    """`-log s(beta (log p(w) - log p(l)))`: the preference term of contrastive preference optimization (Xu et al. 2024,
+    https://arxiv.org/abs/2401.08417, equation 3), which stands beside a term that imitates the chosen answer."""
+    return _smoothed(beta * (pairs.chosen - pairs.rejected), label_smoothing)
+
+
+def simpo(pairs: Pairs, beta: float, *, gamma: float = 0.5) -> torch.Tensor:
+    """`-log s(beta (mean log p(w) - mean log p(l)) - gamma)` (Meng et al. 2024, https://arxiv.org/abs/2405.14734,
+    equation 6).
+
+    Args:
+        gamma: by how much the chosen answer's reward must be the larger.
+    """
+    chosen, rejected = pairs.means
+    return -logsigmoid(beta * (chosen - rejected) - gamma)
+
+
+def orpo(pairs: Pairs, beta: float) -> torch.Tensor:
+    """`-mean log p(w) - beta log s(log(odds(w) / odds(l)))`, `odds = p / (1 - p)` of the mean log-probabilities (Hong
+    et al. 2024, https://arxiv.org/abs/2403.07691, equations 4 to 7)."""
+    chosen, rejected = pairs.means
+    odds = (chosen - _log_rest(chosen)) - (rejected - _log_rest(rejected))
+    return -chosen - beta * logsigmoid(odds)
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a loss needs."""
+
+    function: PairLoss
+    reference: bool = True
+    """Whether it compares the policy with a reference."""
+
+
+LOSSES: dict[str, Traits] = {
+    "sigmoid": Traits(sigmoid),
+    "robust": Traits(robust),
+    "hinge": Traits(hinge),
+    "ipo": Traits(ipo),
+    "kto_pair": Traits(kto_pair),
+    "bco_pair": Traits(bco_pair),
+    "apo_zero": Traits(apo_zero),
+    "apo_down": Traits(apo_down),
+    "sppo_hard": Traits(sppo_hard),
+    "nca_pair": Traits(nca_pair),
+    "exo_pair": Traits(exo_pair),
+    "aot": Traits(aot),
+    "discopop": Traits(discopop),
+    "cpo": Traits(cpo, reference=False),
+    "simpo": Traits(simpo, reference=False),
+    "orpo": Traits(orpo, reference=False),
+}
+
+
+def _smoothed(margin: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+    return -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
+
+
+def _log_rest(log_probability: torch.Tensor) -> torch.Tensor:
+    """`log(1 - p)` of `log p`, exact at both ends (Mächler 2012, "Accurately computing log(1 - exp(-|a|))")."""
+    below = log_probability.clamp(max=-torch.finfo(log_probability.dtype).eps)
+    near_one = below > -0.6931
+    # Each branch sees only what it can take: a gradient of the other one must not be nan.
+    close = torch.log(-torch.expm1(torch.where(near_one, below, -0.5)))
+    return torch.where(near_one, close, torch.log1p(-torch.exp(torch.where(near_one, -1.0, below))))
