@@ -17,7 +17,7 @@ from rayloom.methods.config import LoraConfig
 from rayloom.train.driver import run_job
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("methods", "models", "optimizers", "losses")
+FOLDERS = ("methods", "models", "optimizers", "losses", "preferences")
 RECIPES = [path for folder in FOLDERS for path in sorted((ROOT / "jobs" / folder).glob("*.yaml"))]
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("connected")]
 
@@ -49,7 +49,7 @@ def test_a_recipe_trains(
     overrides = [
         f"model.path={tiny_model}",
         f"output_dir={tmp_path}",
-        f"data.train[0].path={ROOT}/jobs/data/identity.jsonl",  # the workers of the shared head stand elsewhere
+        f"data.train[0].path={ROOT}/{read_job(recipe).data.train[0].path}",  # the shared head's workers stand elsewhere
         "train.max_steps=2",
         "train.batch_size=2",
         "train.logging_steps=1",

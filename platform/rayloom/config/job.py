@@ -59,6 +59,11 @@ class JobConfig(ConfigPart):
         return self
 
     @property
+    def packs(self) -> bool:
+        """Whether several examples share a row; the two answers of a preference are a row of their own."""
+        return self.data.packing and self.stage.type != "dpo"
+
+    @property
     def run_dir(self) -> Path:
         """The run directory, absolute."""
         return Path(self.output_dir).expanduser().absolute() / self.name

@@ -21,7 +21,7 @@ def encode_conversations(renderer: Renderer, examples: Sequence[Example], cutoff
     }
     _drop_turns(renderer, list(long.values()), cutoff)
     return [
-        _cut_to_fit(renderer, long[index], cutoff) if index in long else _encoding(one)
+        _cut_to_fit(renderer, long[index], cutoff) if index in long else encoding_of(one)
         for index, one in enumerate(rendered)
     ]
 
@@ -76,10 +76,11 @@ def _cut_to_fit(renderer: Renderer, search: _Search, cutoff: int) -> Encoding:
     if fitting is None or not any(fitting.trained[1:]):
         return Encoding([], [], cut=search.length)
     messages_cut = len(search.example.messages) - len(example.messages)
-    return _encoding(fitting, cut=search.length - len(fitting.input_ids), messages_cut=messages_cut)
+    return encoding_of(fitting, cut=search.length - len(fitting.input_ids), messages_cut=messages_cut)
 
 
-def _encoding(rendered: Rendered | ValueError, cut: int = 0, messages_cut: int = 0) -> Encoding:
+def encoding_of(rendered: Rendered | ValueError, cut: int = 0, messages_cut: int = 0) -> Encoding:
+    """Ids and labels of what was rendered; an error becomes a `fault`."""
     if isinstance(rendered, ValueError):
         return Encoding([], [], fault=str(rendered))
     ids = rendered.input_ids

@@ -22,5 +22,14 @@ class Encoding:
     """Tokens that the whole example has and `input_ids` has not; 0: nothing was cut."""
     fault: str | None = None
     """Why the example cannot be encoded, in words for the user."""
+    border: int = 0
+    """Where the second of two sequences begins, each of which is an answer to one prompt (the chosen one, then the
+    rejected one); 0: there is one sequence."""
     messages_cut: int = 0
     """Messages that were left out, behind the system message: images in them are not in `input_ids` either."""
+
+    @property
+    def parts(self) -> tuple[slice, ...]:
+        """Where its sequences are: one, or two."""
+        whole = len(self.input_ids)
+        return (slice(0, self.border), slice(self.border, whole)) if self.border else (slice(0, whole),)

@@ -47,10 +47,11 @@ class MeasureSegment:
                 numbers = (0, 0, 0, item.counter, 0)
             else:
                 tokens = len(encoding.input_ids)
+                lengths = [part.stop - part.start for part in encoding.parts]
                 reason = drop_reason(encoding, _NO_CUTOFF)
                 numbers = (
                     tokens,
-                    0 if self.encoder.splits else max(0, tokens - self.options.cutoff),
+                    0 if self.encoder.splits else sum(max(0, length - self.options.cutoff) for length in lengths),
                     sum(label >= 0 for label in encoding.labels[1:]),
                     -1 if reason is None else reason,
                     _hash(encoding.input_ids),

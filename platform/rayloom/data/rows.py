@@ -25,8 +25,9 @@ DROP_REASONS = (
     "refused by the template",
     "longer than the cutoff",
     "nothing to train",
+    "the answers are the same",
 )
-UNREADABLE, MISFIT, REFUSED, TOO_LONG, UNTRAINED = range(len(DROP_REASONS))
+UNREADABLE, MISFIT, REFUSED, TOO_LONG, UNTRAINED, EQUAL = range(len(DROP_REASONS))
 COUNTERS = (*DROP_REASONS, "held out", "cut", "tokens cut")
 """What is counted of each data set: examples left out by reason, examples kept for evaluation, examples that were cut
 to the cutoff, and the tokens that they lost."""
@@ -63,6 +64,8 @@ class Encoded:
     row: int
     continues: bool = False
     """Whether it goes on from an earlier piece of the same example, which stands for the whole."""
+    border: int = 0
+    """`Encoding.border`."""
 
 
 def row_id(chunk: int, row: int) -> int:
@@ -83,11 +86,12 @@ def segment_table(
     Args:
         examples: the segment's examples in stream order.
         counts: `COUNTERS` of each set, sets first.
-        capacity: tokens in a packed row; None: one example a row, neighbours of nearly one length.
+        capacity: tokens in a packed row; None: one example a row, neighbours of nearly one length. Two sequences of one
+            example (`Encoding.border`) are always a row of their own.
     """
     lengths = [len(example.input_ids) for example in examples]
     start = segment.start
-    if capacity is None:
+    if capacity is None or any(example.border for example in examples):
         groups = [[index] for index in _by_length(lengths, (seed, start.epoch, "rows", start.segment))]
     else:
         groups = pack(lengths, capacity)
@@ -95,15 +99,20 @@ def segment_table(
         groups = [[]]
     ids = [np.asarray(example.input_ids, dtype=np.int32) for example in examples]
     labels = [np.array(example.labels, dtype=np.int32) for example in examples]
-    for one in labels:
-        one[:1] = IGNORED  # an example's first token has nothing before it that it could be predicted from
+    for one, example in zip(labels, examples, strict=True):
+        one[:1] = IGNORED  # a sequence's first token has nothing before it that it could be predicted from
+        one[example.border : example.border + 1] = IGNORED
     positions = np.arange(max([0, *lengths]), dtype=np.int32)
+    of_examples = [
+        np.concatenate([positions[: example.border], positions[: length - example.border]])
+        for example, length in zip(examples, lengths, strict=True)
+    ]
     whole = [[index for index in group if not examples[index].continues] for group in groups]
     cursors = flatten_cursors(start)
     columns = {
         "input_ids": _lists(groups, ids, pa.int32()),
         "labels": _lists(groups, labels, pa.int32()),
-        "position_ids": _lists(groups, [positions[:length] for length in lengths], pa.int32()),
+        "position_ids": _lists(groups, of_examples, pa.int32()),
         "sets": [[examples[index].set for index in group] for group in whole],
         "rows": [[examples[index].row for index in group] for group in whole],
         "counts": [list(counts), *([] for _ in groups[1:])],

@@ -98,7 +98,7 @@ def take_sample(plan: Plan, encoder: Encoder, options: SegmentOptions, *, first:
             pieces = split(encoding, options.cutoff) if encoder.splits else [encoding]
             examples.append(_measure(item.set, pieces, options.cutoff))
             if examples[-1].dropped is None:
-                kept_lengths += [len(piece.input_ids) for piece in pieces]
+                kept_lengths += [part.stop - part.start for piece in pieces for part in piece.parts]
             if len(whole) < first:
                 whole.append(Encoded(encoding.input_ids, encoding.labels, item.set, item.row))
         packed_rows += len(pack(kept_lengths, options.cutoff))

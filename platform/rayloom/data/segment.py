@@ -19,6 +19,7 @@ from rayloom.data.plan import DataSet, Plan, Segment
 from rayloom.data.rows import (
     COUNTERS,
     CUT,
+    EQUAL,
     HELD_OUT,
     MISFIT,
     REFUSED,
@@ -210,7 +211,10 @@ def encode_items(
         if encoding.cut:
             count(item, CUT)
             count(item, TOKENS_CUT, encoding.cut)
-        kept += [Encoded(one.input_ids, one.labels, item.set, item.row, n > 0) for n, one in enumerate(pieces)]
+        kept += [
+            Encoded(one.input_ids, one.labels, item.set, item.row, continues=number > 0, border=one.border)
+            for number, one in enumerate(pieces)
+        ]
     return kept, counts
 
 
@@ -247,7 +251,10 @@ def drop_reason(encoding: Encoding, cutoff: int) -> int | None:
     """Which of `DROP_REASONS` keeps an example out of the training; None: it is trained on."""
     if encoding.fault is not None:
         return REFUSED
-    if len(encoding.input_ids) > cutoff or (encoding.cut and not encoding.input_ids):  # no cut makes it fit
-        return TOO_LONG
+    sequences = [(encoding.input_ids[part], encoding.labels[part]) for part in encoding.parts]
+    if any(len(ids) > cutoff for ids, _ in sequences) or (encoding.cut and not encoding.input_ids):
+        return TOO_LONG  # no cut makes it fit
     # The first token has nothing before it that it could be predicted from.
-    return UNTRAINED if max(encoding.labels[1:], default=IGNORED) < 0 else None
+    if any(max(labels[1:], default=IGNORED) < 0 for _, labels in sequences):
+        return UNTRAINED
+    return EQUAL if len(sequences) == 2 and sequences[0] == sequences[1] else None

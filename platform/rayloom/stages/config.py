@@ -42,4 +42,44 @@ class SftConfig(ConfigPart):
         return self
 
 
-StageConfig = Annotated[PretrainConfig | SftConfig, Field(discriminator="type")]
+class DpoConfig(ConfigPart):
+    """Preference training: of two answers to a prompt, the chosen one is made likelier than the rejected one."""
+
+    type: Literal["dpo"] = "dpo"
+    """`dpo`: chosen answers are preferred to rejected ones."""
+    loss: Literal[
+        "sigmoid", "robust", "hinge", "ipo", "kto_pair", "bco_pair", "apo_zero", "apo_down", "sppo_hard", "nca_pair",
+        "exo_pair", "aot", "discopop", "cpo", "simpo", "orpo"
+    ] = "sigmoid"  # fmt: skip
+    """Of each pair: `sigmoid` is DPO; what the others are is in `rayloom/losses/preference.py`. `cpo`, `simpo` and
+    `orpo` need no reference; that of the others is the model with its adapter off."""
+    beta: Number = Field(default=0.1, gt=0)
+    """How much a change from the reference weighs, above 0; of `orpo` the weight of its odds ratio, and `simpo` wants 2
+    and more."""
+    label_smoothing: Number | None = Field(default=None, ge=0, lt=0.5)
+    """Share of the pairs that are held to be the wrong way round, 0 to below a half; for `sigmoid`, `robust`, `aot`,
+    `cpo` (default 0), and `exo_pair` (default 0.001)."""
+    gamma: Number | None = Field(default=None, ge=0)
+    """For `simpo`: by how much the chosen answer's reward must be the larger, 0 or above; default 0.5."""
+    ftx: Number = Field(default=0.0, ge=0)
+    """Weight of a second term, 0 or above: the mean negative log-likelihood of the chosen answer's tokens."""
+
+    @model_validator(mode="after")
+    def _belongs_to_its_loss(self) -> DpoConfig:
+        if self.label_smoothing is not None and self.loss not in _SMOOTHED:
+            raise ValueError(f"label_smoothing is for the losses {', '.join(_SMOOTHED)}, not {self.loss}")
+        if self.loss == "exo_pair" and self.label_smoothing == 0:
+            raise ValueError("label_smoothing of exo_pair must be above 0; its logarithm is in the loss")
+        if self.gamma is not None and self.loss != "simpo":
+            raise ValueError(f"gamma is for loss simpo, not {self.loss}")
+        return self
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss compares with a reference."""
+        return self.loss not in ("cpo", "simpo", "orpo")
+
+
+_SMOOTHED = ("sigmoid", "robust", "aot", "cpo", "exo_pair")
+
+StageConfig = Annotated[PretrainConfig | SftConfig | DpoConfig, Field(discriminator="type")]

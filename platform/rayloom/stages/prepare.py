@@ -16,6 +16,7 @@ from rayloom.models.model_type import check_model_type
 from rayloom.models.source import check_model_path
 from rayloom.models.text_tokenizer import TokenizerState
 from rayloom.models.tokenizer import TokenizerSource, load_tokenizer
+from rayloom.stages.preference import PreferenceEncoder
 from rayloom.stages.pretrain import PretrainEncoder
 from rayloom.stages.sft import SftEncoder
 
@@ -39,7 +40,7 @@ def plan_data(job: JobConfig) -> Plan:
     check_model_path(job.model)
     plan = make_plan(job.data, seed=job.train.seed, epochs=None if job.train.max_steps else job.train.epochs)
     check_rows(plan, segment_options(job))
-    check_model_type(job.model, packing=job.data.packing)
+    check_model_type(job.model, packing=job.packs)
     if job.stage.type != "pretrain":
         check_template_name(job.data.template)
     return plan
@@ -56,6 +57,8 @@ def make_encoder(job: JobConfig) -> Encoder:
     if job.stage.type == "pretrain":
         return PretrainEncoder(state)
     template = resolve_template(data.template, tokenizer, job.model.path)
+    if job.stage.type == "dpo":
+        return PreferenceEncoder(state, template, data.enable_thinking)
     return SftEncoder(state, template, data.train_on_prompt, data.mask_history, data.enable_thinking)
 
 

@@ -192,12 +192,14 @@ def _findings(job: JobConfig, plan: Plan, sample: Sample) -> Iterator[str]:
     cutoff, tokens = job.data.cutoff, sample.kept_tokens
     packed = f"{_count(sample.packed_rows, 'row')} of {cutoff:,} tokens"
     packed += f", {_percent(tokens, sample.packed_rows * cutoff)} full"
-    if job.data.packing:
+    if job.stage.type == "dpo":
+        yield f"a row is a pair of answers to one prompt, {tokens / kept:,.0f} tokens on average"
+    elif job.packs:
         yield f"packing makes {packed}, of {_count(kept, 'example')}"
     else:
         yield f"packing is off: a row is one example, {tokens / kept:,.0f} tokens on average"
         yield f"with packing, {_count(kept, 'example')} would make {packed}"
-    rows = sample.packed_rows if job.data.packing else kept
+    rows = sample.packed_rows if job.packs else kept
     in_epoch = rows * plan.estimated_epoch_length / len(sample.examples)
     train = job.train
     per_step = train.rows_per_step

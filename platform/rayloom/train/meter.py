@@ -117,6 +117,10 @@ class StepCount:
         return self.numbers[1]
 
     @property
+    def examples(self) -> int:
+        return sum(self.numbers[_COUNTS : _COUNTS + self.sets])
+
+    @property
     def batches(self) -> int:
         return self.numbers[3]
 

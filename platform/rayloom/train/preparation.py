@@ -117,6 +117,7 @@ def _encode(data_set: DataSet, number: int, items: list[Item], encoder: Encoder,
                 "input_ids": encoding.input_ids if encoding else [],
                 "labels": encoding.labels if encoding else [],
                 "cut": encoding.cut if encoding else 0,
+                "border": encoding.border if encoding else 0,
                 "counter": -1 if counter is None else counter,
                 "side": item.side,
             }

@@ -33,7 +33,7 @@ from rayloom.methods.save import load_trained, save_trained
 from rayloom.train.batch import Batch, TrainedPositions, make_batch
 from rayloom.train.config import TrainConfig
 from rayloom.train.evaluate import evaluate
-from rayloom.train.meter import BatchCount, StreamMeter
+from rayloom.train.meter import BatchCount, StepCount, StreamMeter
 from rayloom.train.monitor import answer
 from rayloom.train.schedule import learning_rate_factor
 
@@ -149,13 +149,21 @@ class StreamTrainer(transformers.Trainer):
                 self._post_manifest()
             if step.trained_tokens:
                 break  # else all of these examples were left out: take the next ones
-        batches = [make_batch(table, self._pad_token) for table in tables]
+        batches = [self._batch(table) for table in tables]
         while len(batches) < num_batches:  # the stream ended within a step: fill it up with what trains nothing
-            batches.append(make_batch(tables[-1].slice(0, 0), self._pad_token))
+            batches.append(self._batch(tables[-1].slice(0, 0)))
         assert self._schedule is not None  # made before the first step
         middle = (before + self._progress(1)) / 2
         self._schedule.set(learning_rate_factor(middle, self._settings.scheduler, self._settings.warmup))
-        return batches, torch.tensor(step.trained_tokens, device=device)
+        return batches, torch.tensor(self._items(step), device=device)
+
+    def _batch(self, table: pa.Table) -> Batch:
+        """What the model is called with, and `positions`, for some rows of the stream."""
+        return make_batch(table, self._pad_token)
+
+    def _items(self, step: StepCount) -> int:
+        """What the losses of a step are averaged over, of all ranks."""
+        return step.trained_tokens
 
     def _post_manifest(self) -> None:
         """Tell the driver which rows this rank takes in the coming step."""
@@ -179,13 +187,16 @@ class StreamTrainer(transformers.Trainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The stage's loss at the trained positions, or the model's own."""
-        self._trained_positions.choose(inputs.pop("positions"))
-        if self.compute_loss_func is not None:
-            del inputs["shift_labels"]  # without labels the model computes no loss of its own
-        loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
+        loss: Any = self._loss(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss.detach()):
             raise JobError(self._not_finite(float(loss)))
         return loss
+
+    def _loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
+        self._trained_positions.choose(inputs.pop("positions"))
+        if self.compute_loss_func is not None:
+            del inputs["shift_labels"]  # without labels the model computes no loss of its own
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _not_finite(self, loss: float) -> str:
         """Why the job ends before such a loss has spoilt the weights, and where to look."""
@@ -212,14 +223,7 @@ class StreamTrainer(transformers.Trainer):
             return self._evaluated[1]  # the last step's evaluation is the training's
         started = time.perf_counter()
         self._use_averages()
-        metrics = evaluate(
-            self.model_wrapped,
-            self._eval_tables,
-            self._eval_names,
-            self._trained_positions,
-            self._pad_token,
-            self.args.device,
-        )
+        metrics = self._eval_metrics(self._eval_tables)
         row = {"step": self.state.global_step, "epoch": self.meter.epochs_done, "progress": self._progress(), **metrics}
         if self.is_world_process_zero():
             answer(self._monitor.post.remote({"kind": "metrics", "row": row}), "rank 0")
@@ -228,6 +232,16 @@ class StreamTrainer(transformers.Trainer):
             self._log_clock = (then + time.perf_counter() - started, tokens)
         self._evaluated = (self.state.global_step, metrics)
         return metrics
+
+    def _eval_metrics(self, tables: list[pa.Table]) -> dict[str, float]:
+        return evaluate(
+            self.model_wrapped,
+            tables,
+            self._eval_names,
+            self._trained_positions,
+            self._pad_token,
+            self.args.device,
+        )
 
     # --- optimizer ---------------------------------------------------------------------------------------------------
 
@@ -289,11 +303,16 @@ class StreamTrainer(transformers.Trainer):
             "examples_seen": sum(self.meter.examples),
             "examples": dict(zip(self._set_names, self.meter.examples, strict=True)),
             "position": self.meter.position.as_dict(),
+            **self._stage_metrics(),
         }
         self._waited = 0.0
         self._grad_norm = (self.state.global_step, row["grad_norm"])
         if self.is_world_process_zero():
             answer(self._monitor.post.remote({"kind": "metrics", "row": row}), "rank 0")
+
+    def _stage_metrics(self) -> dict[str, float]:
+        """What a stage measures besides the loss, since the last row. Every rank calls it."""
+        return {}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Virtual tokens from our own file; all others as PEFT and transformers load them."""

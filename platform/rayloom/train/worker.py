@@ -31,11 +31,13 @@ from rayloom.models.load import load_causal_lm
 from rayloom.models.precision import Precision, cast_trained, choose_precision, computes_bf16, computing_dtype
 from rayloom.models.tokenizer import TokenizerSource, load_tokenizer, pad_token
 from rayloom.models.vocabulary import added_token_ids
+from rayloom.stages.config import DpoConfig
 from rayloom.stages.step_loss import step_loss, token_loss
 from rayloom.train.deepspeed import deepspeed_config, engine_of
 from rayloom.train.kernels import load_cpu_kernels
 from rayloom.train.meter import StreamMeter
 from rayloom.train.monitor import answer
+from rayloom.train.preference_trainer import PreferenceTrainer
 from rayloom.train.trainer import StreamTrainer
 
 _ENDLESS = 2**31
@@ -145,7 +147,10 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
             folder = stack.enter_context(checkpoint.as_directory())
             meter, _ = StreamMeter.load(Path(folder))
         of_token = token_loss(job.stage)
-        trainer = StreamTrainer(
+        kind: Any = StreamTrainer
+        if isinstance(job.stage, DpoConfig):
+            kind = partial(PreferenceTrainer, preference=job.stage)
+        trainer: StreamTrainer = kind(
             model=model,
             compute_loss_func=of_token and step_loss(of_token, (job.model.moe_aux_loss or 0.0) / batches_per_step),
             optimizer_config=job.optimizer,

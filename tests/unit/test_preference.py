@@ -1,0 +1,181 @@
+"""Preferences from rows to batches: two sequences a row, and what the model says of their answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from tests.chat import own_ids
+from transformers import AutoModelForCausalLM
+
+from rayloom.config.job import JobConfig
+from rayloom.data.encoding import IGNORED
+from rayloom.data.example import Example, Message
+from rayloom.data.plan import Position, Segment
+from rayloom.data.rows import EQUAL, TOO_LONG, Encoded, segment_table
+from rayloom.data.segment import drop_reason
+from rayloom.data.template_library import library_template
+from rayloom.errors import RequestError
+from rayloom.methods.rules import check_combination
+from rayloom.models.text_tokenizer import TokenizerState
+from rayloom.stages.preference import PreferenceEncoder
+from rayloom.train.batch import TrainedPositions
+from rayloom.train.pairs import answer_sums, make_pair_batch, pairs_of
+
+CHATML = library_template("chatml")
+QUESTION = (Message("system", "Be brief."), Message("user", "river stone?"))
+EARLIER = (Message("user", "lamp " * 30), Message("assistant", "cloud seven"))
+
+
+def preference(prompt: tuple[Message, ...] = QUESTION, good: str = "river", bad: str = "stone lamp lamp") -> Example:
+    return Example(prompt, chosen=(Message("assistant", good),), rejected=(Message("assistant", bad),))
+
+
+def conversation(example: Example, answer: tuple[Message, ...]) -> Example:
+    return Example((*example.messages, *answer))
+
+
+@pytest.fixture(scope="module")
+def encoder(tokenizer: Any) -> PreferenceEncoder:
+    assert CHATML is not None
+    return PreferenceEncoder(TokenizerState.of(tokenizer), CHATML)
+
+
+def test_two_sequences_of_which_the_answers_are_learnt(tokenizer, encoder):
+    example = preference((*QUESTION, Message("assistant", "stone"), Message("user", "seven?")))
+    (encoding,) = encoder.encode([example], 200)
+    for part, answer in zip(encoding.parts, (example.chosen, example.rejected), strict=True):
+        ids, labels = encoding.input_ids[part], encoding.labels[part]
+        assert ids == own_ids(tokenizer, conversation(example, answer), CHATML)
+        learnt = [label for label in labels if label != IGNORED]
+        assert tokenizer.decode(learnt) == f"{answer[0].content}<|im_end|>"
+        assert labels[-len(learnt) - 1 :].count(IGNORED) <= 1  # the end of the sequence, not the earlier answer
+
+
+def test_both_lose_the_same_turns(tokenizer, encoder):
+    example = preference((QUESTION[0], *EARLIER, QUESTION[1]))
+    short = preference()
+    longest = len(own_ids(tokenizer, conversation(short, short.rejected), CHATML))
+    (cut,), (whole,) = encoder.encode([example], longest), encoder.encode([example], 1000)
+    (expected,) = encoder.encode([short], longest)
+    assert (cut.input_ids, cut.labels, cut.border) == (expected.input_ids, expected.labels, expected.border)
+    assert (cut.cut, cut.messages_cut) == (len(whole.input_ids) - len(cut.input_ids), 2)
+    (none,) = encoder.encode([example], longest - 1)
+    assert none.input_ids == []
+    assert drop_reason(none, longest - 1) == TOO_LONG
+
+
+def test_equal_answers_are_left_out(encoder):
+    (encoding,) = encoder.encode([preference(good="lamp", bad="lamp")], 200)
+    assert drop_reason(encoding, 200) == EQUAL
+    (other,) = encoder.encode([preference()], 200)
+    assert drop_reason(other, 200) is None
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (Example((*QUESTION, Message("assistant", "river"))), "the row is a conversation; preference training learns"),
+        (Example(text="river"), "the row is plain text; preference training learns"),
+        (Example(QUESTION, chosen=preference().chosen, rejected=preference().rejected, images=("x",)), "has images"),
+    ],
+)
+def test_what_is_no_preference(encoder, example, message):
+    refused, kept = encoder.encode([example, preference()], 200)
+    assert message in refused.fault
+    assert kept.border > 0
+
+
+def table_of(encoder: PreferenceEncoder, examples: list[Example]) -> pa.Table:
+    encoded = [
+        Encoded(one.input_ids, one.labels, 0, number, border=one.border)
+        for number, one in enumerate(encoder.encode(examples, 200))
+    ]
+    none = np.empty(0, dtype=np.int64)
+    segment = Segment(Position(), none, none, none, 0.0, 1.0)
+    return segment_table(segment, encoded, [], capacity=64, seed=0)
+
+
+def test_what_a_model_says_of_pairs(encoder, tokenizer, tiny_model):
+    """Against each answer by itself, in float64."""
+    examples = [preference(), preference(good="cloud cloud seven", bad="river")]
+    table = table_of(encoder, examples)
+    batch = make_pair_batch(table, tokenizer.pad_token_id)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64).eval()
+    chooser = TrainedPositions(model)
+    positions, labels = batch["positions"], batch["labels"][0]
+    chooser.choose(positions)
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits[0]
+    rows = positions // batch["input_ids"].shape[1]
+    pairs = pairs_of(answer_sums(logits, labels, rows, 4), None, labels, rows)
+    chooser.choose(None)
+    order = [row[0] for row in table["rows"].to_pylist()]
+    for number, index in enumerate(order):
+        for side, total, tokens in (
+            (examples[index].chosen, pairs.chosen, pairs.chosen_tokens),
+            (examples[index].rejected, pairs.rejected, pairs.rejected_tokens),
+        ):
+            ids = own_ids(tokenizer, conversation(examples[index], side), CHATML)
+            answer = len(tokenizer(f"{side[0].content}<|im_end|>", add_special_tokens=False).input_ids)
+            with torch.no_grad():
+                scores = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
+            end = max(
+                place for place, token in enumerate(ids) if token == tokenizer.convert_tokens_to_ids("<|im_end|>")
+            )
+            places = range(end - answer + 1, end + 1)
+            expected = sum(scores[place - 1, ids[place]].item() for place in places)
+            assert total[number].item() == pytest.approx(expected, abs=1e-4)
+            assert tokens[number] == answer
+
+
+def test_a_batch_without_pairs_is_one_row_of_padding(encoder):
+    table = table_of(encoder, [preference()])
+    batch = make_pair_batch(table.slice(0, 0), 0)
+    assert batch["input_ids"].shape == (1, 2)
+    assert (batch["labels"] == IGNORED).all()
+    assert make_pair_batch(table, 0)["input_ids"].shape[0] == 2
+
+
+def job(**parts: Any) -> JobConfig:
+    return JobConfig.model_validate({"name": "a", "model": {"path": "m"}, "data": {"train": ["x.jsonl"]}, **parts})
+
+
+@pytest.mark.parametrize(
+    ("stage", "method", "message"),
+    [
+        (
+            {},
+            {"type": "full"},
+            "stage.loss: sigmoid compares with the model with its adapter off; use method.type: lora",
+        ),
+        ({"loss": "ipo"}, {"init": "pissa"}, "takes a part; leave it out, or take a loss without a reference"),
+        ({}, {"adapters": ["x"]}, "say method.new_adapter: true"),
+    ],
+)
+def test_what_has_no_reference(stage, method, message):
+    with pytest.raises(RequestError, match=message):
+        check_combination(job(stage={"type": "dpo", **stage}, method=method))
+    check_combination(job(stage={"type": "dpo", "loss": "orpo"}, method=method))
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"beta": 0.0}, "greater than 0"),
+        (
+            {"loss": "hinge", "label_smoothing": 0.1},
+            "label_smoothing is for the losses sigmoid, robust, aot, cpo, exo_pair",
+        ),
+        ({"label_smoothing": 0.5}, "less than 0.5"),
+        ({"loss": "exo_pair", "label_smoothing": 0.0}, "must be above 0"),
+        ({"gamma": 1.0}, "gamma is for loss simpo, not sigmoid"),
+        ({"loss": "bce"}, "sigmoid"),
+    ],
+)
+def test_bad_input(stage, message):
+    with pytest.raises(ValueError, match=message):
+        job(stage={"type": "dpo", **stage})
