@@ -85,7 +85,8 @@ def plain_losses(
         total = 0.0
         for input_ids, labels in examples:
             logits = model(torch.tensor([input_ids]), use_cache=False).logits[0, :-1].float()
-            loss = of_tokens(logits, torch.tensor(labels[1:])).sum() / trained
+            learnt = torch.tensor(labels[1:]) >= 0
+            loss = of_tokens(logits[learnt], torch.tensor(labels[1:])[learnt]).sum() / trained
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)

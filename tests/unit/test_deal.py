@@ -105,5 +105,5 @@ def test_tasks_cover_all_segments_in_order(first):
     for segments in range(1, 40):
         ranges = task_ranges(first, segments)
         assert [n for start, stop in ranges for n in range(start, stop)] == list(range(first, segments))
-    assert task_ranges(0, 11) == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 8), (8, 11)]
-    assert task_ranges(1, 11) == [(1, 2), (2, 3), (3, 4), (4, 5), (5, 9), (9, 11)]
+    assert task_ranges(0, 21) == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 12), (12, 20), (20, 21)]
+    assert task_ranges(1, 21) == [(1, 2), (2, 3), (3, 4), (4, 5), (5, 13), (13, 21)]

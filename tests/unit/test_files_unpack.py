@@ -74,12 +74,12 @@ def test_a_table_in_any_blocks(table, size):
         ("a.json", b'[{"a": "1"},\n {"a":\n""}]'),
         ("a.csv", b'a\n1\n\n""\n'),
         ("a.tsv", b'\xef\xbb\xbfa\r\n1\r\n""'),
-        ("a.jsonl.gz", gzip.compress(b'{"a": "1"}\n') + gzip.compress(b'{"a": ""}\n')),
+        ("a.jsonl.gz", gzip.compress(b'{"a": "1"}\n', mtime=0) + gzip.compress(b'{"a": ""}\n', mtime=0)),
         ("a.jsonl.zst", zstd(b'{"a": "1"}\n{"a": ""}\n')),
         ("a.ndjson", b'{"a": "1"}\n{"a": ""}\n'),
-        ("A.JSON.GZ", gzip.compress(b'[{"a": "1"}, {"a": ""}]')),
+        ("A.JSON.GZ", gzip.compress(b'[{"a": "1"}, {"a": ""}]', mtime=0)),
         ("a.csv.zst", zstd(b'a\n1\n""\n')),
-        ("a.tsv.gz", gzip.compress(b'a\n1\n""\n')),
+        ("a.tsv.gz", gzip.compress(b'a\n1\n""\n', mtime=0)),
     ],
 )
 def test_every_format_gives_the_same_rows(tmp_path, name, content):
@@ -89,7 +89,7 @@ def test_every_format_gives_the_same_rows(tmp_path, name, content):
 
 
 def test_compressed_text(tmp_path):
-    file = locate_text(tmp_path, "a.txt.gz", gzip.compress(b"one\n\ntwo"))
+    file = locate_text(tmp_path, "a.txt.gz", gzip.compress(b"one\n\ntwo", mtime=0))
     assert read_all(file) == [
         (f"{tmp_path}/a.txt.gz:1: row 1", RawRow({"text": "one"}, None)),
         (f"{tmp_path}/a.txt.gz:3: row 2", RawRow({"text": "two"}, None)),
@@ -194,7 +194,7 @@ def test_a_cache_folder_that_cannot_be_written(tmp_path, monkeypatch):
         ("a.json", "[ ]\n"),
         ("a.csv", "a,b\n"),
         ("a.csv", ""),
-        ("a.jsonl.gz", gzip.compress(b"\n")),
+        ("a.jsonl.gz", gzip.compress(b"\n", mtime=0)),
         ("a.jsonl.gz", b""),
     ],
 )
@@ -253,7 +253,11 @@ def test_tables_that_hold_no_rows(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 1000)[:-9], "not a whole gzip file: Truncated compressed stream"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"a": 1}\n' * 1000, mtime=0)[:-9],
+            "not a whole gzip file: Truncated compressed stream",
+        ),
         ("a.jsonl.gz", b'{"a": 1}\n', "not a whole gzip file: zlib inflate failed: incorrect header check"),
         ("a.csv.zst", zstd(b"a\n1\n")[:-2], "not a whole zstd file: Truncated compressed stream"),
     ],

@@ -19,9 +19,9 @@ from rayloom.data.rows import EQUAL, TOO_LONG, Encoded, segment_table
 from rayloom.data.segment import drop_reason
 from rayloom.data.template_library import library_template
 from rayloom.errors import RequestError
-from rayloom.methods.rules import check_combination
 from rayloom.models.text_tokenizer import TokenizerState
 from rayloom.stages.preference import PreferenceEncoder
+from rayloom.stages.rules import check_stage
 from rayloom.train.batch import TrainedPositions
 from rayloom.train.pairs import answer_sums, make_pair_batch, pairs_of
 
@@ -158,8 +158,8 @@ def job(**parts: Any) -> JobConfig:
 )
 def test_what_has_no_reference(stage, method, message):
     with pytest.raises(RequestError, match=message):
-        check_combination(job(stage={"type": "dpo", **stage}, method=method))
-    check_combination(job(stage={"type": "dpo", "loss": "orpo"}, method=method))
+        check_stage(job(stage={"type": "dpo", **stage}, method=method))
+    check_stage(job(stage={"type": "dpo", "loss": "orpo"}, method=method))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayloom.losses.preference import LOSSES, Pairs
+from rayloom.losses.pairs import Pairs
+from rayloom.losses.preference import LOSSES
 
 FIELDS = ("chosen", "rejected", "reference_chosen", "reference_rejected")
 

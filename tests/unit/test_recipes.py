@@ -10,6 +10,7 @@ from rayloom.config.job import JobConfig
 from rayloom.config.read import read_job
 from rayloom.methods.config import FullConfig, LoraConfig
 from rayloom.methods.rules import check_combination
+from rayloom.stages.rules import check_stage
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
 RECIPES = sorted(JOBS.rglob("*.yaml"))
@@ -20,6 +21,7 @@ def test_a_recipe_is_a_job(recipe):
     job = read_job(recipe)
     assert job.name == recipe.stem
     check_combination(job)
+    check_stage(job)
     assert JobConfig.model_validate(job.model_dump(mode="json")) == job, "as it reaches the workers"
     assert recipe.read_text().startswith("# "), "a recipe begins with what it shows"
     assert all((JOBS.parent / item.path).exists() for item in job.data.train)

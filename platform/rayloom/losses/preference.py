@@ -13,43 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import logsigmoid
 
-
-@dataclass(frozen=True)
-class Pairs:
-    """Log-probabilities of chosen and rejected answers, summed over their tokens; all (pairs,).
-
-    The reference's are None for losses that know no reference.
-    """
-
-    chosen: torch.Tensor
-    rejected: torch.Tensor
-    chosen_tokens: torch.Tensor
-    rejected_tokens: torch.Tensor
-    reference_chosen: torch.Tensor | None = None
-    reference_rejected: torch.Tensor | None = None
-
-    @property
-    def ratios(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """`r_w` and `r_l`.
-
-        Raises:
-            ValueError: there is no reference.
-        """
-        if self.reference_chosen is None or self.reference_rejected is None:
-            raise ValueError("this loss needs the log-probabilities of a reference")
-        return self.chosen - self.reference_chosen, self.rejected - self.reference_rejected
-
-    @property
-    def margin(self) -> torch.Tensor:
-        """`r_w - r_l`."""
-        chosen, rejected = self.ratios
-        return chosen - rejected
-
-    @property
-    def means(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The answers' mean log-probabilities of a token under the policy."""
-        return self.chosen / self.chosen_tokens, self.rejected / self.rejected_tokens
-
+from rayloom.losses.pairs import Pairs, logistic
+from rayloom.losses.reference_free import cpo, orpo, simpo
 
 PairLoss = Callable[..., torch.Tensor]
 
@@ -58,7 +23,7 @@ def sigmoid(pairs: Pairs, beta: float, *, label_smoothing: float = 0.0) -> torch
     """`-(1 - e) log s(beta (r_w - r_l)) - e log s(-beta (r_w - r_l))`: DPO (Rafailov et al. 2023,
     https://arxiv.org/abs/2305.18290, equation 7); with `e`, the share of pairs that are the wrong way round, its
     conservative form."""
-    return _smoothed(beta * pairs.margin, label_smoothing)
+    return logistic(beta * pairs.margin, label_smoothing)
 
 
 def robust(pairs: Pairs, beta: float, *, label_smoothing: float = 0.0) -> torch.Tensor:
@@ -149,7 +114,7 @@ def aot(pairs: Pairs, beta: float, *, label_smoothing: float = 0.0) -> torch.Ten
         raise ValueError("this loss needs the log-probabilities of a reference")
     policy, _ = torch.sort(pairs.chosen - pairs.rejected)
     reference, _ = torch.sort(pairs.reference_chosen - pairs.reference_rejected)
-    return _smoothed(beta * (policy - reference), label_smoothing)
+    return logistic(beta * (policy - reference), label_smoothing)
 
 
 def discopop(pairs: Pairs, beta: float, *, temperature: float = 0.05) -> torch.Tensor:
@@ -158,31 +123,6 @@ def discopop(pairs: Pairs, beta: float, *, temperature: float = 0.05) -> torch.T
     margin = beta * pairs.margin
     blend = torch.sigmoid(margin / temperature)
     return -(1 - blend) * logsigmoid(margin) + blend * torch.exp(-margin)
-
-
-def cpo(pairs: Pairs, beta: float, *, label_smoothing: float = 0.0) -> torch.Tensor:
-    """`-log s(beta (log p(w) - log p(l)))`: the preference term of contrastive preference optimization (Xu et al. 2024,
-    https://arxiv.org/abs/2401.08417, equation 3), which stands beside a term that imitates the chosen answer."""
-    return _smoothed(beta * (pairs.chosen - pairs.rejected), label_smoothing)
-
-
-def simpo(pairs: Pairs, beta: float, *, gamma: float = 0.5) -> torch.Tensor:
-    """`-log s(beta (mean log p(w) - mean log p(l)) - gamma)` (Meng et al. 2024, https://arxiv.org/abs/2405.14734,
-    equation 6).
-
-    Args:
-        gamma: by how much the chosen answer's reward must be the larger.
-    """
-    chosen, rejected = pairs.means
-    return -logsigmoid(beta * (chosen - rejected) - gamma)
-
-
-def orpo(pairs: Pairs, beta: float) -> torch.Tensor:
-    """`-mean log p(w) - beta log s(log(odds(w) / odds(l)))`, `odds = p / (1 - p)` of the mean log-probabilities (Hong
-    et al. 2024, https://arxiv.org/abs/2403.07691, equations 4 to 7)."""
-    chosen, rejected = pairs.means
-    odds = (chosen - _log_rest(chosen)) - (rejected - _log_rest(rejected))
-    return -chosen - beta * logsigmoid(odds)
 
 
 @dataclass(frozen=True)
@@ -212,16 +152,3 @@ LOSSES: dict[str, Traits] = {
     "simpo": Traits(simpo, reference=False),
     "orpo": Traits(orpo, reference=False),
 }
-
-
-def _smoothed(margin: torch.Tensor, label_smoothing: float) -> torch.Tensor:
-    return -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
-
-
-def _log_rest(log_probability: torch.Tensor) -> torch.Tensor:
-    """`log(1 - p)` of `log p`, exact at both ends (Mächler 2012, "Accurately computing log(1 - exp(-|a|))")."""
-    below = log_probability.clamp(max=-torch.finfo(log_probability.dtype).eps)
-    near_one = below > -0.6931
-    # Each branch sees only what it can take: a gradient of the other one must not be nan.
-    close = torch.log(-torch.expm1(torch.where(near_one, below, -0.5)))
-    return torch.where(near_one, close, torch.log1p(-torch.exp(torch.where(near_one, -1.0, below))))

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from rayloom.config.job import JobConfig
 from rayloom.errors import RequestError
 from rayloom.methods.config import FreezeConfig, LoraConfig, PeftConfig
-from rayloom.stages.config import DpoConfig
 
 _VIRTUAL_TOKENS = ("prompt", "p_tuning", "prefix")
 # Tuners of PEFT that were seen to learn under ZeRO-3 what they learn without, and to be saved whole.
@@ -76,33 +75,9 @@ def _new_tokens(job: JobConfig) -> str | None:
     return None
 
 
-def _reference(job: JobConfig) -> str | None:
-    """The reference is the model with its adapter off, so what was trained before must be beneath the adapter."""
-    stage, method = job.stage, job.method
-    if not isinstance(stage, DpoConfig) or not stage.has_reference:
-        return None
-    why = None
-    if method.type in ("full", "freeze"):
-        why = "compares with the model with its adapter off; use method.type: lora"
-    elif isinstance(method, LoraConfig) and method.changes_base:
-        why = f"compares with weights of which method.init: {method.init} takes a part; leave it out"
-    elif isinstance(method, LoraConfig) and method.continues:
-        why = "would compare with the model as it was before method.adapters; say method.new_adapter: true"
-    free = "or take a loss without a reference (cpo, simpo, orpo)"
-    return f"stage.loss: {stage.loss} {why}, {free}" if why else None
-
-
-def _router_loss(job: JobConfig) -> str | None:
-    if isinstance(job.stage, DpoConfig) and job.model.moe_aux_loss:
-        return "model.moe_aux_loss: preference training adds no router's loss; leave it out"
-    return None
-
-
 _RULES: tuple[Callable[[JobConfig], str | None], ...] = (
     _packed_prompts,
     _checkpointed_prefix,
     _sharded_weights,
     _new_tokens,
-    _reference,
-    _router_loss,
 )

@@ -32,6 +32,7 @@ from rayloom.methods.rules import check_combination
 from rayloom.models.check import check_model
 from rayloom.models.precision import choose_precision, computes_bf16
 from rayloom.stages.prepare import make_encoder, plan_data, prepare_eval, segment_options, with_stores
+from rayloom.stages.rules import check_stage
 from rayloom.train.launch import Work, ray_trainer
 from rayloom.train.ray_session import prepare_environment, ray_session
 from rayloom.train.report import Reporter, mean_loss, plot_loss
@@ -59,6 +60,7 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
         logging.getLogger(library).setLevel(logging.ERROR)
     run = check_run_dir(job)
     check_combination(job)
+    check_stage(job)
     check_environment(job.optimizer, job.train.device)
     plan = plan_data(job)
     eval_plan = prepare_eval(job)
@@ -101,6 +103,12 @@ def _check_model(job: JobConfig, device: str) -> None:
         raise RequestError(
             f"method.type: {job.method.type} trains the model's own weights, and weights quantized with "
             f"{quantized.method} cannot; use lora, or leave model.quantization out"
+        )
+    on_load = getattr(job.model.quantization, "type", None)
+    if on_load == "int8" and getattr(job.method, "dora", False) and device == "cpu":
+        raise RequestError(
+            "method.dora: it needs the sizes of the model's weights, and on CPU those in int8 are not known before the "
+            "first batch; use model.quantization: nf4, or leave dora out"
         )
 
 

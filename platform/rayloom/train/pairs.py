@@ -7,7 +7,7 @@ import pyarrow as pa
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from rayloom.losses.preference import Pairs
+from rayloom.losses.pairs import Pairs
 from rayloom.train.batch import Batch, make_batch
 
 _CHUNK = 1024

@@ -14,7 +14,8 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from rayloom.losses.preference import LOSSES, Pairs
+from rayloom.losses.pairs import Pairs
+from rayloom.losses.preference import LOSSES
 from rayloom.stages.config import DpoConfig
 from rayloom.train.batch import Batch
 from rayloom.train.meter import StepCount
