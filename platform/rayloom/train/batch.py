@@ -54,14 +54,19 @@ class TrainedPositions:
 
     def __init__(self, model: Any, skip: int = 0) -> None:
         self._positions: torch.Tensor | None = None
-        self._skip = skip
+        self._skip = self._ahead = skip
         model.get_output_embeddings().register_forward_pre_hook(self._choose)
 
-    def choose(self, positions: torch.Tensor | None) -> None:
-        """Positions (kept,) of the next forward pass, in the flattened (batch * length); None: all of them."""
+    def choose(self, positions: torch.Tensor | None, *, adapted: bool = True) -> None:
+        """Positions (kept,) of the next forward pass, in the flattened (batch * length); None: all of them.
+
+        Args:
+            adapted: whether the method's virtual tokens are there, and not switched off.
+        """
         self._positions = positions
+        self._ahead = self._skip if adapted else 0
 
     def _choose(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         if self._positions is None:
             return None
-        return (inputs[0][:, self._skip :].flatten(0, 1)[self._positions].unsqueeze(0), *inputs[1:])
+        return (inputs[0][:, self._ahead :].flatten(0, 1)[self._positions].unsqueeze(0), *inputs[1:])

@@ -68,17 +68,18 @@ class PreferenceTrainer(StreamTrainer):
         given = {name: tensor for name, tensor in inputs.items() if name in ("input_ids", "position_ids")}
         rows = positions // shape[1]
 
-        def sums(called: Any) -> torch.Tensor:
-            self._trained_positions.choose(positions)
+        def sums(called: Any, *, adapted: bool) -> torch.Tensor:
+            self._trained_positions.choose(positions, adapted=adapted)
             return answer_sums(called(**given, use_cache=False).logits[0], labels, rows, shape[0])
 
-        if shape[0] % 2:  # the one row of padding that stands for no pair
-            return sums(model).sum() * 0.0
         reference = None
         if self._preference.has_reference:
             with torch.no_grad(), self._without_adapter() as beneath:
-                reference = sums(beneath)
-        return pairs_of(sums(model), reference, labels, rows)
+                reference = sums(beneath, adapted=False)
+        policy = sums(model, adapted=True)
+        if shape[0] % 2:  # the one row of padding that stands for no pair, so that all ranks call the model as often
+            return policy.sum() * 0.0
+        return pairs_of(policy, reference, labels, rows)
 
     @contextmanager
     def _without_adapter(self) -> Iterator[Any]:
