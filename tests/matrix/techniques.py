@@ -194,7 +194,7 @@ _HEAD = """# Technique x technique
 Made by `tests/matrix/techniques.py` on {date} with {versions}, one worker on CPU, a two-layer Llama. Do not edit.
 
 {counts}. A cell that trains made two steps, computed in the precision, by the engine and with the share of trained
-parameters that the job says. A refused one was refused before anything was loaded or written.
+parameters that the job says. A refused one was refused before anything was loaded or written. An empty one was not run.
 
 """
 
@@ -205,7 +205,9 @@ def write_page(results: Mapping[Cell, Mapping[str, Any]], table: Mapping[str, An
     counted = Counter(row["outcome"] for row in results.values())
     counts = ", ".join(f"{counted[outcome]} {outcome}" for outcome in OUTCOMES if counted[outcome])
     text = _HEAD.format(
-        date=datetime.date.today().isoformat(), versions=versions, counts=f"{len(results)} cells: {counts}"
+        date=datetime.date.today().isoformat(),
+        versions=versions,
+        counts=f"{len(results)} of {len(cells(table))} cells: {counts}",
     )
     reasons: dict[str, int] = {}
     for engine in table["deepspeed"]:
@@ -238,7 +240,11 @@ def main() -> int:
     parser.add_argument("--methods", nargs="*", help="only these; then no page is written")
     parser.add_argument("--features", nargs="*", help="only these; then no page is written")
     parser.add_argument("--deepspeed", nargs="*", help="only these; then no page is written")
-    parser.add_argument("--results", type=Path, help="a file that gets a line for each cell; those in it are not run")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="a file that gets a line for each cell; those in it are not run, and the page has all",
+    )
     options = parser.parse_args()
     table = read_table()
     chosen = [
@@ -264,12 +270,15 @@ def main() -> int:
             if options.results:
                 with options.results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"cell": astuple(cell), **row}) + "\n")
-            print(f"{len(results):4}/{len(chosen)}  {cell}: {row['outcome']}: {row['why']}", flush=True)
+            print(
+                f"{sum(one in results for one in chosen):4}/{len(chosen)}  {cell}: {row['outcome']}: {row['why']}",
+                flush=True,
+            )
         failed = sum(row["outcome"] == "fails" for row in results.values())
         if failed:
             (HERE / "techniques.log").write_bytes((folder / "log.txt").read_bytes())
             print(f"{failed} cells fail; what they wrote is in {HERE / 'techniques.log'}")
-    if len(chosen) == len(cells(table)):
+    if options.results or len(chosen) == len(cells(table)):
         write_page(results, table, HERE / "techniques.md")
     return 1 if failed else 0
 
