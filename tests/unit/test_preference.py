@@ -179,3 +179,11 @@ def test_what_has_no_reference(stage, method, message):
 def test_bad_input(stage, message):
     with pytest.raises(ValueError, match=message):
         job(stage={"type": "dpo", **stage})
+
+
+@pytest.mark.parametrize("key", ["train_on_prompt", "mask_history"])
+def test_masks_that_mean_nothing_here(key):
+    data = {"train": ["x.jsonl"], key: True}
+    with pytest.raises(RequestError, match=f"data.{key}: preference training compares the answers"):
+        check_stage(job(stage={"type": "dpo"}, data=data))
+    check_stage(job(data=data))

@@ -2,13 +2,12 @@
 
 Each function takes `Pairs` and returns the loss of each pair, (pairs,). `r` below is an answer's log-ratio, its
 log-probability under the policy less that under the reference, and `w` and `l` are the chosen and the rejected answer.
-`LOSSES` names them, and says which need a reference.
+`LOSSES` names them; `cpo`, `simpo` and `orpo` know no reference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -125,30 +124,21 @@ def discopop(pairs: Pairs, beta: float, *, temperature: float = 0.05) -> torch.T
     return -(1 - blend) * logsigmoid(margin) + blend * torch.exp(-margin)
 
 
-@dataclass(frozen=True)
-class Traits:
-    """What a loss needs."""
-
-    function: PairLoss
-    reference: bool = True
-    """Whether it compares the policy with a reference."""
-
-
-LOSSES: dict[str, Traits] = {
-    "sigmoid": Traits(sigmoid),
-    "robust": Traits(robust),
-    "hinge": Traits(hinge),
-    "ipo": Traits(ipo),
-    "kto_pair": Traits(kto_pair),
-    "bco_pair": Traits(bco_pair),
-    "apo_zero": Traits(apo_zero),
-    "apo_down": Traits(apo_down),
-    "sppo_hard": Traits(sppo_hard),
-    "nca_pair": Traits(nca_pair),
-    "exo_pair": Traits(exo_pair),
-    "aot": Traits(aot),
-    "discopop": Traits(discopop),
-    "cpo": Traits(cpo, reference=False),
-    "simpo": Traits(simpo, reference=False),
-    "orpo": Traits(orpo, reference=False),
+LOSSES: dict[str, PairLoss] = {
+    "sigmoid": sigmoid,
+    "robust": robust,
+    "hinge": hinge,
+    "ipo": ipo,
+    "kto_pair": kto_pair,
+    "bco_pair": bco_pair,
+    "apo_zero": apo_zero,
+    "apo_down": apo_down,
+    "sppo_hard": sppo_hard,
+    "nca_pair": nca_pair,
+    "exo_pair": exo_pair,
+    "aot": aot,
+    "discopop": discopop,
+    "cpo": cpo,
+    "simpo": simpo,
+    "orpo": orpo,
 }

@@ -36,8 +36,8 @@ def check_method(job: JobConfig) -> None:
 
 
 def _plain_targets(method: Any, model: Any) -> list[str]:
-    """The layers of an adapter that PEFT can put on any model, so that it need not be asked: to import it takes two
-    seconds of a job's start. Empty where it must be."""
+    """The layers of an adapter that PEFT can put on any model, so that it need not be asked: to import it takes
+    most of a second of a job's start (tests/bench/NOTES.md). Empty where it must be."""
     is_plain = isinstance(method, LoraConfig) and not (method.adapters or method.extra_modules)
     return linear_layers(model) if is_plain and method.target == "all" else []
 

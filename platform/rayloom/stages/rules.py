@@ -14,7 +14,7 @@ def check_stage(job: JobConfig) -> None:
     Raises:
         RequestError: parts of the job that do not go together with its stage.
     """
-    faults = [text for rule in (_reference, _router_loss) if (text := rule(job))]
+    faults = [text for rule in (_reference, _router_loss, _mask) if (text := rule(job))]
     if faults:
         raise RequestError(*faults)
 
@@ -38,4 +38,11 @@ def _reference(job: JobConfig) -> str | None:
 def _router_loss(job: JobConfig) -> str | None:
     if isinstance(job.stage, DpoConfig) and job.model.moe_aux_loss:
         return "model.moe_aux_loss: preference training adds no router's loss; leave it out"
+    return None
+
+
+def _mask(job: JobConfig) -> str | None:
+    key = "train_on_prompt" if job.data.train_on_prompt else "mask_history" if job.data.mask_history else None
+    if isinstance(job.stage, DpoConfig) and key:
+        return f"data.{key}: preference training compares the answers behind one prompt, nothing else; leave it out"
     return None

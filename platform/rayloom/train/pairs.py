@@ -28,7 +28,7 @@ def make_pair_batch(table: pa.Table, pad_token: int) -> Batch:
             continue
         border = int(starts[1])
         for side, part in zip(sides, (slice(0, border), slice(border, None)), strict=True):
-            side.append({name: values.to_pylist()[part] for name, values in columns.items()})
+            side.append({name: values[part].to_pylist() for name, values in columns.items()})
     schema = pa.schema([table.schema.field(name) for name in ("input_ids", "labels", "position_ids")])
     return make_batch(pa.Table.from_pylist([*sides[0], *sides[1]], schema=schema), pad_token)
 

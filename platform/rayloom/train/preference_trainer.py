@@ -38,7 +38,7 @@ class PreferenceTrainer(StreamTrainer):
         self._preference = preference
         options = {"label_smoothing": preference.label_smoothing, "gamma": preference.gamma}
         said = {name: value for name, value in options.items() if value is not None}
-        self._of_pairs = partial(LOSSES[preference.loss].function, beta=preference.beta, **said)
+        self._of_pairs = partial(LOSSES[preference.loss], beta=preference.beta, **said)
         self._sums = torch.zeros(len(_MEASURED) + 1, dtype=torch.float64)  # and the number of pairs
 
     def _batch(self, table: pa.Table) -> Batch:
