@@ -136,7 +136,7 @@ def test_job_files(refused, job_file, message):
 def test_every_fault_has_its_own_line(refused):
     assert refused("train", "HERE/faults.yaml") == [
         "HERE/faults.yaml:10: unknown key 'method.rank'; known here: type",
-        "HERE/faults.yaml:9: stage.type: unknown 'rlhf'; known here: pretrain, sft, dpo",
+        "HERE/faults.yaml:9: stage.type: unknown 'rlhf'; known here: pretrain, sft, reward, dpo, kto",
     ]
 
 
@@ -150,7 +150,7 @@ def test_every_fault_has_its_own_line(refused):
         ("train.workers=0", "OVERRIDE: train.workers: must be at least 1, not 0"),
         ("data.train[0].weight=0", "OVERRIDE: data.train[0].weight: must be above 0, not 0"),
         ("data.train[0].weight=-2", "OVERRIDE: data.train[0].weight: must be above 0, not -2"),
-        ("stage.type=rlhf", "OVERRIDE: stage.type: unknown 'rlhf'; known here: pretrain, sft, dpo"),
+        ("stage.type=rlhf", "OVERRIDE: stage.type: unknown 'rlhf'; known here: pretrain, sft, reward, dpo, kto"),
         ("method.type=dora", "OVERRIDE: method.type: unknown 'dora'; did you mean 'lora'?"),
         (
             "data.train[0].format=csv",

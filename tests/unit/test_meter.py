@@ -15,7 +15,7 @@ from rayloom.data.plan import Cursor, Position
 from rayloom.data.rows import COUNTERS, SCHEMA
 from rayloom.train.meter import BatchCount, StepCount, StreamMeter
 
-NOTHING = {"input_ids": [], "labels": [], "position_ids": [], "sets": [], "rows": [], "counts": []}
+NOTHING = {"input_ids": [], "labels": [], "position_ids": [], "desirable": -1, "sets": [], "rows": [], "counts": []}
 
 
 PER_SET = len(COUNTERS)

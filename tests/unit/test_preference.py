@@ -19,6 +19,7 @@ from rayloom.data.rows import EQUAL, TOO_LONG, Encoded, segment_table
 from rayloom.data.segment import drop_reason
 from rayloom.data.template_library import library_template
 from rayloom.errors import RequestError
+from rayloom.losses.pairs import tail_weights
 from rayloom.models.text_tokenizer import TokenizerState
 from rayloom.stages.preference import PreferenceEncoder
 from rayloom.stages.rules import check_stage
@@ -78,8 +79,8 @@ def test_equal_answers_are_left_out(encoder):
 @pytest.mark.parametrize(
     ("example", "message"),
     [
-        (Example((*QUESTION, Message("assistant", "river"))), "the row is a conversation; preference training learns"),
-        (Example(text="river"), "the row is plain text; preference training learns"),
+        (Example((*QUESTION, Message("assistant", "river"))), "the row is a conversation; stages dpo and reward learn"),
+        (Example(text="river"), "the row is plain text; stages dpo and reward learn"),
         (Example(QUESTION, chosen=preference().chosen, rejected=preference().rejected, images=("x",)), "has images"),
     ],
 )
@@ -154,6 +155,7 @@ def job(**parts: Any) -> JobConfig:
         ),
         ({"loss": "ipo"}, {"init": "pissa"}, "takes a part; leave it out, or take a loss without a reference"),
         ({}, {"adapters": ["x"]}, "say method.new_adapter: true"),
+        ({"loss": {"orpo": 1.0, "ipo": 0.5}}, {"type": "full"}, "stage.loss: ipo compares with"),
     ],
 )
 def test_what_has_no_reference(stage, method, message):
@@ -174,6 +176,12 @@ def test_what_has_no_reference(stage, method, message):
         ({"loss": "exo_pair", "label_smoothing": 0.0}, "must be above 0"),
         ({"gamma": 1.0}, "gamma is for loss simpo, not sigmoid"),
         ({"loss": "bce"}, "sigmoid"),
+        ({"loss": {}}, "at least 1"),
+        ({"loss": {"sigmoid": 0.0}}, "greater than 0"),
+        ({"loss": {"hinge": 1, "ipo": 1}, "label_smoothing": 0.1}, "not hinge, ipo"),
+        ({"ld_alpha": 1.5}, "less than or equal to 1"),
+        ({"ld_alpha": 0.5, "ftx": 1.0}, "ld_alpha weighs log-probabilities, of which ftx takes means"),
+        ({"ld_alpha": 0.5, "loss": "simpo"}, "of which the losses cpo, simpo, orpo take means"),
     ],
 )
 def test_bad_input(stage, message):
@@ -181,9 +189,18 @@ def test_bad_input(stage, message):
         job(stage={"type": "dpo", **stage})
 
 
+def test_what_stands_behind_the_shorter_answer_counts_less():
+    """Against each token by itself: the chosen answer has 3 tokens, the rejected one 5."""
+    rows, labels = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 1]), torch.tensor([7, 7, 7, -100, 7, 7, 7, 7, 7])
+    assert tail_weights(rows, labels, 2, 0.25).tolist() == pytest.approx([1, 1, 1, 1, 1, 1, 1, 0.25, 0.25])
+    four = torch.tensor([0, 1, 1, 2, 2, 2, 3])
+    weights = tail_weights(four, torch.ones(7, dtype=torch.long), 4, 0.5)  # pairs of 1 and 3, of 2 and 1
+    assert weights.tolist() == pytest.approx([1, 1, 0.5, 1, 0.5, 0.5, 1])
+
+
 @pytest.mark.parametrize("key", ["train_on_prompt", "mask_history"])
 def test_masks_that_mean_nothing_here(key):
     data = {"train": ["x.jsonl"], key: True}
-    with pytest.raises(RequestError, match=f"data.{key}: preference training compares the answers"):
+    with pytest.raises(RequestError, match=f"data.{key}: stage dpo learns from the last answer, nothing else"):
         check_stage(job(stage={"type": "dpo"}, data=data))
     check_stage(job(data=data))

@@ -60,8 +60,8 @@ class JobConfig(ConfigPart):
 
     @property
     def packs(self) -> bool:
-        """Whether several examples share a row; the two answers of a preference are a row of their own."""
-        return self.data.packing and self.stage.type != "dpo"
+        """Whether several examples share a row; two answers to one prompt are a row of their own."""
+        return self.data.packing and self.stage.rows in ("texts", "conversations")
 
     @property
     def run_dir(self) -> Path:

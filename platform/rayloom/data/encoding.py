@@ -25,6 +25,8 @@ class Encoding:
     border: int = 0
     """Where the second of two sequences begins, each of which is an answer to one prompt (the chosen one, then the
     rejected one); 0: there is one sequence."""
+    desirable: bool | None = None
+    """Whether the answer was judged a good one; None: nobody judged it."""
     messages_cut: int = 0
     """Messages that were left out, behind the system message: images in them are not in `input_ids` either."""
 

@@ -41,6 +41,7 @@ SCHEMA = pa.schema(
         "input_ids": pa.list_(pa.int32()),
         "labels": pa.list_(pa.int32()),
         "position_ids": pa.list_(pa.int32()),
+        "desirable": pa.int8(),  # whether the row's answer was judged a good one: 1 or 0, -1 where nobody judged it
         "sets": pa.list_(pa.int32()),  # of each example in the row: the number of its data set ...
         "rows": pa.list_(pa.int64()),  # ... and its row there, `row_id`
         "counts": pa.list_(pa.int64()),  # on a segment's first row: `COUNTERS` of each set, sets first
@@ -66,6 +67,8 @@ class Encoded:
     """Whether it goes on from an earlier piece of the same example, which stands for the whole."""
     border: int = 0
     """`Encoding.border`."""
+    desirable: bool | None = None
+    """`Encoding.desirable`."""
 
 
 def row_id(chunk: int, row: int) -> int:
@@ -113,6 +116,7 @@ def segment_table(
         "input_ids": _lists(groups, ids, pa.int32()),
         "labels": _lists(groups, labels, pa.int32()),
         "position_ids": _lists(groups, of_examples, pa.int32()),
+        "desirable": [judgement(examples[group[0]].desirable if group else None) for group in groups],
         "sets": [[examples[index].set for index in group] for group in whole],
         "rows": [[examples[index].row for index in group] for group in whole],
         "counts": [list(counts), *([] for _ in groups[1:])],
@@ -124,6 +128,17 @@ def segment_table(
         "error": [None] * len(groups),
     }
     return pa.table(columns, schema=SCHEMA)
+
+
+def second_start(positions: np.ndarray) -> int:
+    """Where the second of a row's sequences begins; 0: there is one. `positions` begin at 0 in each."""
+    starts = np.flatnonzero(positions[1:] == 0)
+    return int(starts[0]) + 1 if len(starts) else 0
+
+
+def judgement(desirable: bool | None) -> int:
+    """`Encoding.desirable` as it stands in a table: 1, 0, or -1 for None."""
+    return -1 if desirable is None else int(desirable)
 
 
 def _lists(groups: Sequence[Sequence[int]], parts: Sequence[np.ndarray], value_type: pa.DataType) -> pa.Array:

@@ -15,6 +15,7 @@ from rayloom.data.encoding import IGNORED, Encoding
 from rayloom.data.example import Example
 from rayloom.data.files import place, read_rows
 from rayloom.data.formats import FORMATS, Row
+from rayloom.data.mismatch import with_mismatches
 from rayloom.data.plan import DataSet, Plan, Segment
 from rayloom.data.rows import (
     COUNTERS,
@@ -59,6 +60,9 @@ class SegmentOptions:
 
     cutoff: int
     packing: bool
+    """Whether several examples share a row."""
+    mismatched: bool = False
+    """Whether each example gets a second sequence, its prompt with another example's answer (`data.mismatch`)."""
     on_bad_row: Literal["error", "skip"] = "error"
     held_out: float = 0.0
     """Share of the rows (0 to below 1) that is kept from training for evaluation."""
@@ -212,10 +216,10 @@ def encode_items(
             count(item, CUT)
             count(item, TOKENS_CUT, encoding.cut)
         kept += [
-            Encoded(one.input_ids, one.labels, item.set, item.row, continues=number > 0, border=one.border)
+            Encoded(one.input_ids, one.labels, item.set, item.row, number > 0, one.border, one.desirable)
             for number, one in enumerate(pieces)
         ]
-    return kept, counts
+    return (with_mismatches(kept, options.cutoff) if options.mismatched else kept), counts
 
 
 def encode_all(

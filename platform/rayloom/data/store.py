@@ -28,7 +28,7 @@ from rayloom.data.encoding import Encoding
 from rayloom.data.plan import DataSet
 from rayloom.errors import RequestError
 
-LAYOUT = 2
+LAYOUT = 3
 """Raised when what stands in a store, or how rows become tokens, changes."""
 CHUNKS_PER_FILE = 16
 SCHEMA = pa.schema(
@@ -37,12 +37,13 @@ SCHEMA = pa.schema(
         "labels": pa.list_(pa.int32()),
         "cut": pa.int32(),
         "border": pa.int32(),  # `Encoding.border`
+        "desirable": pa.int8(),  # `rayloom.data.rows.judgement` of `Encoding.desirable`
         "counter": pa.int8(),  # which of `rayloom.data.rows.COUNTERS` it adds to, where there are no tokens; else -1
         "side": pa.float64(),  # 0 to 1; a row below `data.held_out` is not trained on
     }
 )
 _COMPLETE = "complete.json"
-_NO_ROW = pa.Table.from_pylist([{"cut": 0, "border": 0, "counter": 0, "side": 0.0}], schema=SCHEMA)
+_NO_ROW = pa.Table.from_pylist([{"cut": 0, "border": 0, "desirable": -1, "counter": 0, "side": 0.0}], schema=SCHEMA)
 
 
 def store_folder(folder: Path, data_set: DataSet, encoder_key: str, cutoff: int) -> Path:
@@ -95,7 +96,13 @@ def read_stored(folder: str, index: int, rows: Sequence[int]) -> list[tuple[Enco
     taken = table.take(rows).to_pylist()
     return [
         (
-            Encoding(row["input_ids"], row["labels"], row["cut"], border=row["border"]),
+            Encoding(
+                row["input_ids"],
+                row["labels"],
+                row["cut"],
+                border=row["border"],
+                desirable=None if row["desirable"] < 0 else bool(row["desirable"]),
+            ),
             None if row["counter"] < 0 else row["counter"],
             row["side"],
         )

@@ -45,6 +45,21 @@ class Pairs:
         return self.chosen / self.chosen_tokens, self.rejected / self.rejected_tokens
 
 
+def tail_weights(rows: torch.Tensor, labels: torch.Tensor, count: int, alpha: float) -> torch.Tensor:
+    """What each token's log-probability counts, (kept,): 1, and `alpha` behind the length of the shorter answer of its
+    pair (LD-DPO, Liu et al. 2024, https://arxiv.org/abs/2409.06411, equation 9).
+
+    Args:
+        rows: (kept,) which answer each position is of, rising; first all `count / 2` chosen ones, then the rejected.
+        labels: (kept,); -100 is no token of an answer.
+    """
+    is_token = labels >= 0
+    tokens = torch.zeros(count, dtype=torch.long, device=rows.device).index_add_(0, rows, is_token.long())
+    place = torch.cumsum(is_token, 0) - (torch.cumsum(tokens, 0) - tokens)[rows]  # from 1, within its answer
+    shorter = torch.minimum(*tokens.chunk(2)).repeat(2)
+    return torch.where(place > shorter[rows], alpha, 1.0)
+
+
 def logistic(margin: torch.Tensor, label_smoothing: float) -> torch.Tensor:
     """`-(1 - e) log s(margin) - e log s(-margin)`, `e` being the share of pairs that are the wrong way round."""
     return -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)

@@ -3,6 +3,8 @@
 Each function takes `Pairs` and returns the loss of each pair, (pairs,). `r` below is an answer's log-ratio, its
 log-probability under the policy less that under the reference, and `w` and `l` are the chosen and the rejected answer.
 `LOSSES` names them; `cpo`, `simpo` and `orpo` know no reference.
+
+`kto_pair` and `aot` look at the batch as a whole: at one worker's batch, not the global one.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ def bco_pair(pairs: Pairs, beta: float, *, shift: float = 0.0) -> torch.Tensor:
     https://arxiv.org/abs/2404.04656, equation 12) on pairs.
 
     Args:
-        shift: `d`, the running mean of all rewards `beta r`.
+        shift: `d`, the mean of the rewards `beta r` of all pairs before this step.
     """
     chosen, rejected = pairs.ratios
     return -logsigmoid(beta * chosen - shift) - logsigmoid(-(beta * rejected - shift))

@@ -38,6 +38,50 @@ def value_head_for(model: Any) -> ValueHead:
     return ValueHead(int(model.config.get_text_config(decoder=True).hidden_size))
 
 
+def attach_value_head(model: Any) -> ValueHead:
+    """Put a new head on a model, PEFT's or its own: what it returns as `logits` are values now, (batch, kept, 1).
+
+    The head is a part of the model, `model.v_head`, and what it computes is a part of the model's output, so DDP and
+    DeepSpeed treat it as they treat the rest. The output layer still runs: its hook is where every model has its last
+    hidden states, after which each may do something else with the logits.
+    """
+    head = value_head_for(model)
+    output_layer = model.get_output_embeddings()
+    device = output_layer.weight.device
+    model.v_head = head if device.type == "meta" else head.to(device)
+    if not _is_tied(model):
+        output_layer.requires_grad_(False)  # nothing comes back through it
+    found: list[torch.Tensor] = []
+
+    def look(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        found[:] = [head(inputs[0])]
+
+    def answer(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+        output.logits = found.pop().unsqueeze(-1)
+        return output
+
+    output_layer.register_forward_hook(look)
+    model.register_forward_hook(answer)
+    return head
+
+
+def without_value_head(model: Any, state_dict: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The weights that are to be saved as the model's own: all but the head's, which has its own file.
+
+    Args:
+        state_dict: what is to be saved; None: all of the model, of which PEFT takes its own part by itself.
+    """
+    if state_dict is None:
+        if hasattr(model, "peft_config"):
+            return None
+        state_dict = model.state_dict()
+    return {name: tensor for name, tensor in state_dict.items() if "v_head." not in name}
+
+
+def _is_tied(model: Any) -> bool:
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
 def save_value_head(head: ValueHead, folder: Path, *, is_writer: bool = True) -> None:
     """Write the head into `folder`. Every rank must call it where ZeRO-3 shards the head; the writer writes."""
     from safetensors.torch import save_file

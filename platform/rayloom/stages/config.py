@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from rayloom.config.part import ConfigPart, Number
 
 
-class PretrainConfig(ConfigPart):
+class Stage(ConfigPart):
+    """What all stages have."""
+
+    rows: ClassVar[Literal["texts", "conversations", "pairs", "judgements"]]
+    """What kind of example it learns from."""
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss compares with a reference, which is the model with its adapter off."""
+        return False
+
+
+class PretrainConfig(Stage):
     """Learn every token of plain texts."""
+
+    rows = "texts"
 
     type: Literal["pretrain"] = "pretrain"
     """`pretrain`: every token of plain texts is learnt."""
 
 
-class SftConfig(ConfigPart):
+class SftConfig(Stage):
     """Supervised fine-tuning on the answers of conversations."""
+
+    rows = "conversations"
 
     type: Literal["sft"] = "sft"
     """`sft`: the answers of conversations are learnt."""
@@ -42,17 +58,39 @@ class SftConfig(ConfigPart):
         return self
 
 
-class DpoConfig(ConfigPart):
+class RewardConfig(Stage):
+    """Reward model: a head on the model gives every answer a number, the larger the better the answer."""
+
+    rows = "pairs"
+
+    type: Literal["reward"] = "reward"
+    """`reward`: a value head learns to give chosen answers more than rejected ones, by the logistic loss of the
+    difference (Bradley-Terry; Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, equation 1)."""
+    center: Number = Field(default=0.0, ge=0)
+    """Weight of a second term, 0 or above: the square of the two rewards' sum, which keeps rewards around 0 (Eisenstein
+    et al. 2023, https://arxiv.org/abs/2312.09244, section 2)."""
+    head_learning_rate: Number | None = Field(default=None, gt=0)
+    """Peak learning rate of the value head, above 0, which begins at random. Left out: `train.learning_rate`."""
+
+
+PairLossName = Literal[
+    "sigmoid", "robust", "hinge", "ipo", "kto_pair", "bco_pair", "apo_zero", "apo_down", "sppo_hard", "nca_pair",
+    "exo_pair", "aot", "discopop", "cpo", "simpo", "orpo"
+]  # fmt: skip
+Weight = Annotated[Number, Field(gt=0)]
+
+
+class DpoConfig(Stage):
     """Preference training: of two answers to a prompt, the chosen one is made likelier than the rejected one."""
+
+    rows = "pairs"
 
     type: Literal["dpo"] = "dpo"
     """`dpo`: chosen answers are preferred to rejected ones."""
-    loss: Literal[
-        "sigmoid", "robust", "hinge", "ipo", "kto_pair", "bco_pair", "apo_zero", "apo_down", "sppo_hard", "nca_pair",
-        "exo_pair", "aot", "discopop", "cpo", "simpo", "orpo"
-    ] = "sigmoid"  # fmt: skip
+    loss: PairLossName | Annotated[dict[PairLossName, Weight], Field(min_length=1)] = "sigmoid"
     """Of each pair: `sigmoid` is DPO; what the others are is in `rayloom/losses/preference.py`. `cpo`, `simpo` and
-    `orpo` need no reference; that of the others is the model with its adapter off."""
+    `orpo` need no reference; that of the others is the model with its adapter off. Several with their weights, above 0,
+    such as `{sigmoid: 0.8, bco_pair: 0.2}`, are added up."""
     beta: Number = Field(default=0.1, gt=0)
     """How much a change from the reference weighs, above 0; of `orpo` the weight of its odds ratio, and `simpo` wants 2
     and more."""
@@ -62,24 +100,60 @@ class DpoConfig(ConfigPart):
     gamma: Number | None = Field(default=None, ge=0)
     """For `simpo`: by how much the chosen answer's reward must be the larger, 0 or above; default 0.5."""
     ftx: Number = Field(default=0.0, ge=0)
-    """Weight of a second term, 0 or above: the mean negative log-likelihood of the chosen answer's tokens."""
+    """Weight of a further term, 0 or above: the mean negative log-likelihood of the chosen answer's tokens."""
+    ld_alpha: Number | None = Field(default=None, ge=0, le=1)
+    """LD-DPO (Liu et al. 2024, https://arxiv.org/abs/2409.06411): what the log-probabilities of a longer answer's
+    tokens behind the shorter one's length count, 0 to 1; 1 is as without it. For losses with a reference."""
 
     @model_validator(mode="after")
     def _belongs_to_its_loss(self) -> DpoConfig:
-        if self.label_smoothing is not None and self.loss not in _SMOOTHED:
-            raise ValueError(f"label_smoothing is for the losses {', '.join(_SMOOTHED)}, not {self.loss}")
-        if self.loss == "exo_pair" and self.label_smoothing == 0:
+        names = ", ".join(self.weights)
+        if self.label_smoothing is not None and not self.weights.keys() & {*SMOOTHED}:
+            raise ValueError(f"label_smoothing is for the losses {', '.join(SMOOTHED)}, not {names}")
+        if "exo_pair" in self.weights and self.label_smoothing == 0:
             raise ValueError("label_smoothing of exo_pair must be above 0; its logarithm is in the loss")
-        if self.gamma is not None and self.loss != "simpo":
-            raise ValueError(f"gamma is for loss simpo, not {self.loss}")
+        if self.gamma is not None and "simpo" not in self.weights:
+            raise ValueError(f"gamma is for loss simpo, not {names}")
+        if self.ld_alpha is not None and (self.ftx or self.weights.keys() & {*FREE}):
+            what = "ftx takes means" if self.ftx else f"the losses {', '.join(FREE)} take means"
+            raise ValueError(f"ld_alpha weighs log-probabilities, of which {what}; leave one of them out")
         return self
 
     @property
+    def weights(self) -> dict[PairLossName, float]:
+        """The losses that are added up."""
+        return self.loss if isinstance(self.loss, dict) else {self.loss: 1.0}
+
+    @property
     def has_reference(self) -> bool:
-        """Whether the loss compares with a reference."""
-        return self.loss not in ("cpo", "simpo", "orpo")
+        return not self.weights.keys() <= {*FREE}
 
 
-_SMOOTHED = ("sigmoid", "robust", "aot", "cpo", "exo_pair")
+SMOOTHED: tuple[PairLossName, ...] = ("sigmoid", "robust", "aot", "cpo", "exo_pair")
+"""Losses that `label_smoothing` is for."""
+FREE: tuple[PairLossName, ...] = ("cpo", "simpo", "orpo")
+"""Losses that know no reference."""
 
-StageConfig = Annotated[PretrainConfig | SftConfig | DpoConfig, Field(discriminator="type")]
+
+class KtoConfig(Stage):
+    """Answers that were judged one by one: good ones are made likelier, bad ones less likely."""
+
+    rows = "judgements"
+
+    type: Literal["kto"] = "kto"
+    """`kto`: Kahneman-Tversky optimization (Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306). The reference is
+    the model with its adapter off."""
+    beta: Number = Field(default=0.1, gt=0)
+    """How much a change from the reference weighs, above 0."""
+    desirable_weight: Number = Field(default=1.0, gt=0)
+    """Weight of good answers, above 0. The paper wants this times their number to be 1 to 1.33 times the same of the
+    bad ones (equation 9)."""
+    undesirable_weight: Number = Field(default=1.0, gt=0)
+    """Weight of bad answers, above 0."""
+
+    @property
+    def has_reference(self) -> bool:
+        return True
+
+
+StageConfig = Annotated[PretrainConfig | SftConfig | RewardConfig | DpoConfig | KtoConfig, Field(discriminator="type")]

@@ -1,4 +1,4 @@
-"""Preference training: a prompt, an answer that was chosen and one that was rejected -> two sequences of one row."""
+"""Preferences: a prompt, an answer that was chosen and one that was rejected -> two sequences of one row."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PreferenceEncoder:
     """Preference -> ids and labels of both answers, each behind the prompt. Only the answers have labels.
 
     Where one of the two is longer than the cutoff, both lose the same oldest turns, so that the prompt is still one. A
-    pair of which the last turn alone is too long cannot be trained on: a cut would change what was judged.
+    pair of which the last turn alone is too long cannot be learnt from: a cut would change what was judged.
     """
 
     tokenizer: TokenizerState
@@ -37,7 +37,7 @@ class PreferenceEncoder:
     def key(self) -> str:
         """Changes with the tokenizer and the template."""
         rule = (self.template, self.enable_thinking)
-        return f"dpo {self.tokenizer.fingerprint} {hashlib.sha256(repr(rule).encode()).hexdigest()}"
+        return f"pairs {self.tokenizer.fingerprint} {hashlib.sha256(repr(rule).encode()).hexdigest()}"
 
     def encode(self, examples: Sequence[Example], cutoff: int) -> list[Encoding]:
         """Two sequences of at most `cutoff` ids for each example, the chosen answer's first (`Encoding.border`).
@@ -86,7 +86,8 @@ def _refusal(example: Example) -> str | None:
     """Why preference training cannot learn from an example; None: it can."""
     if not (example.chosen and example.rejected):
         kind = "plain text" if example.text is not None else "a conversation"
-        return f"the row is {kind}; preference training learns from a chosen and a rejected answer"
+        kind = "an answer that was judged by itself (stage kto)" if example.desirable is not None else kind
+        return f"the row is {kind}; stages dpo and reward learn from a chosen and a rejected answer"
     if example.images or example.videos or example.audios:
         return "the row has images, videos or audios, which a text model cannot read"
     return None

@@ -16,6 +16,7 @@ from rayloom.models.model_type import check_model_type
 from rayloom.models.source import check_model_path
 from rayloom.models.text_tokenizer import TokenizerState
 from rayloom.models.tokenizer import TokenizerSource, load_tokenizer
+from rayloom.stages.kto import JudgementEncoder
 from rayloom.stages.preference import PreferenceEncoder
 from rayloom.stages.pretrain import PretrainEncoder
 from rayloom.stages.sft import SftEncoder
@@ -41,7 +42,7 @@ def plan_data(job: JobConfig) -> Plan:
     plan = make_plan(job.data, seed=job.train.seed, epochs=None if job.train.max_steps else job.train.epochs)
     check_rows(plan, segment_options(job))
     check_model_type(job.model, packing=job.packs)
-    if job.stage.type != "pretrain":
+    if job.stage.rows != "texts":
         check_template_name(job.data.template)
     return plan
 
@@ -54,11 +55,13 @@ def make_encoder(job: JobConfig) -> Encoder:
     """
     tokenizer = load_tokenizer(TokenizerSource.of(job.model))
     data, state = job.data, TokenizerState.of(tokenizer)
-    if job.stage.type == "pretrain":
+    if job.stage.rows == "texts":
         return PretrainEncoder(state)
     template = resolve_template(data.template, tokenizer, job.model.path)
-    if job.stage.type == "dpo":
+    if job.stage.rows == "pairs":
         return PreferenceEncoder(state, template, data.enable_thinking)
+    if job.stage.rows == "judgements":
+        return JudgementEncoder(state, template, data.enable_thinking)
     return SftEncoder(state, template, data.train_on_prompt, data.mask_history, data.enable_thinking)
 
 
@@ -93,7 +96,14 @@ def with_stores(job: JobConfig, plan: Plan, encoder: Encoder, options: SegmentOp
 def segment_options(job: JobConfig) -> SegmentOptions:
     """How the job's examples become token rows."""
     data = job.data
-    return SegmentOptions(data.cutoff, data.packing, data.on_bad_row, data.held_out, converters=data.converters)
+    return SegmentOptions(
+        cutoff=data.cutoff,
+        packing=job.packs,
+        mismatched=job.stage.rows == "judgements",
+        on_bad_row=data.on_bad_row,
+        held_out=data.held_out,
+        converters=data.converters,
+    )
 
 
 def eval_options(job: JobConfig) -> SegmentOptions:

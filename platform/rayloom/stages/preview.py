@@ -192,8 +192,10 @@ def _findings(job: JobConfig, plan: Plan, sample: Sample) -> Iterator[str]:
     cutoff, tokens = job.data.cutoff, sample.kept_tokens
     packed = f"{_count(sample.packed_rows, 'row')} of {cutoff:,} tokens"
     packed += f", {_percent(tokens, sample.packed_rows * cutoff)} full"
-    if job.stage.type == "dpo":
+    if job.stage.rows == "pairs":
         yield f"a row is a pair of answers to one prompt, {tokens / kept:,.0f} tokens on average"
+    elif job.stage.rows == "judgements":
+        yield f"a row is one answer that was judged, {tokens / kept:,.0f} tokens on average"
     elif job.packs:
         yield f"packing makes {packed}, of {_count(kept, 'example')}"
     else:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from rayloom.config.job import JobConfig
 from rayloom.errors import RequestError
 from rayloom.methods.config import LoraConfig
-from rayloom.stages.config import DpoConfig
+from rayloom.methods.optimizers.config import LibraryConfig
+from rayloom.stages.config import FREE, DpoConfig
 
 
 def check_stage(job: JobConfig) -> None:
@@ -14,7 +15,7 @@ def check_stage(job: JobConfig) -> None:
     Raises:
         RequestError: parts of the job that do not go together with its stage.
     """
-    faults = [text for rule in (_reference, _router_loss, _mask) if (text := rule(job))]
+    faults = [text for rule in (_reference, _router_loss, _mask, _head_rate) if (text := rule(job))]
     if faults:
         raise RequestError(*faults)
 
@@ -22,7 +23,7 @@ def check_stage(job: JobConfig) -> None:
 def _reference(job: JobConfig) -> str | None:
     """The reference is the model with its adapter off, so what was trained before must be beneath the adapter."""
     stage, method = job.stage, job.method
-    if not isinstance(stage, DpoConfig) or not stage.has_reference:
+    if not stage.has_reference:
         return None
     why = None
     if method.type in ("full", "freeze"):
@@ -31,18 +32,30 @@ def _reference(job: JobConfig) -> str | None:
         why = f"compares with weights of which method.init: {method.init} takes a part; leave it out"
     elif isinstance(method, LoraConfig) and method.continues:
         why = "would compare with the model as it was before method.adapters; say method.new_adapter: true"
-    free = "or take a loss without a reference (cpo, simpo, orpo)"
-    return f"stage.loss: {stage.loss} {why}, {free}" if why else None
+    if why is None:
+        return None
+    if not isinstance(stage, DpoConfig):
+        return f"stage.type: {stage.type} {why}"
+    names = " and ".join(name for name in stage.weights if name not in FREE)
+    return f"stage.loss: {names} {why}, or take a loss without a reference ({', '.join(FREE)})"
 
 
 def _router_loss(job: JobConfig) -> str | None:
-    if isinstance(job.stage, DpoConfig) and job.model.moe_aux_loss:
-        return "model.moe_aux_loss: preference training adds no router's loss; leave it out"
+    if job.stage.rows not in ("texts", "conversations") and job.model.moe_aux_loss:
+        return f"model.moe_aux_loss: stage {job.stage.type} adds no router's loss; leave it out"
     return None
 
 
 def _mask(job: JobConfig) -> str | None:
     key = "train_on_prompt" if job.data.train_on_prompt else "mask_history" if job.data.mask_history else None
-    if isinstance(job.stage, DpoConfig) and key:
-        return f"data.{key}: preference training compares the answers behind one prompt, nothing else; leave it out"
+    if job.stage.rows not in ("texts", "conversations") and key:
+        return f"data.{key}: stage {job.stage.type} learns from the last answer, nothing else; leave it out"
+    return None
+
+
+def _head_rate(job: JobConfig) -> str | None:
+    """The head's parameters need a group of their own, which our own optimizers arrange otherwise."""
+    rate = getattr(job.stage, "head_learning_rate", None)
+    if rate is not None and not isinstance(job.optimizer, LibraryConfig):
+        return f"stage.head_learning_rate: optimizer {job.optimizer.type} has one rate for all; leave it out"
     return None

@@ -10,7 +10,8 @@ import torch
 
 from rayloom.data.rows import IGNORED, collate
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]
+"""Tensors by name; of some stages also a batch within the batch."""
 
 
 def make_batch(table: pa.Table, pad_token: int) -> Batch:

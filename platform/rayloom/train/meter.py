@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from rayloom.data.plan import Position
-from rayloom.data.rows import COUNTERS, CURSOR_NUMBERS, position_from
+from rayloom.data.rows import COUNTERS, CURSOR_NUMBERS, position_from, second_start
 
 STREAM_FILE = "stream.json"
 
@@ -80,7 +80,11 @@ class BatchCount:
                 self.numbers[_COUNTS + self.sets + index] += count
         self.numbers[0] += sum(len(ids) for ids in table["input_ids"])
         # The first token of a row is predicted by nothing, so it is not trained even where it has a label.
-        self.numbers[1] += sum(int((labels.values.to_numpy()[1:] >= 0).sum()) for labels in table["labels"])
+        for row in range(table.num_rows):
+            labels = table["labels"][row].values.to_numpy()
+            if table["desirable"][row].as_py() >= 0:  # what stands behind a judged answer is only compared with it
+                labels = labels[: second_start(table["position_ids"][row].values.to_numpy()) or None]
+            self.numbers[1] += int((labels[1:] >= 0).sum())
 
     def share(self, device: Any, stop: bool) -> StepCount:
         """Sum over all ranks: one collective call. `stop` counts where any rank says it."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from rayloom.data.rows import second_start
 from rayloom.losses.pairs import Pairs
 from rayloom.train.batch import Batch, make_batch
 
+_COLUMNS = ("input_ids", "labels", "position_ids")
 _CHUNK = 1024
 """Positions whose logits stand in float32 at a time."""
 
@@ -20,20 +21,55 @@ def make_pair_batch(table: pa.Table, pad_token: int) -> Batch:
     Args:
         table: token rows of two sequences each; the second begins where the position is 0 again.
     """
+    chosen, rejected = sides_of(table)
+    return make_batch(pa.concat_tables([chosen, rejected]), pad_token)
+
+
+def make_reward_batch(table: pa.Table, pad_token: int) -> Batch:
+    """The same with one position a row, its last token's: there an answer's reward is read. Labels mean nothing."""
+    rows = pa.concat_tables(sides_of(table))
+    batch = make_batch(rows, pad_token)
+    shape = batch["input_ids"].shape
+    lengths = torch.tensor([len(ids) for ids in rows["input_ids"]] or [1])
+    batch["positions"] = torch.arange(shape[0]) * shape[1] + lengths - 1
+    batch["labels"] = batch["shift_labels"] = torch.zeros(1, shape[0], dtype=torch.long)
+    return batch
+
+
+def first_sequences(table: pa.Table) -> pa.Table:
+    """Of each row that has any, the first sequence: all of it where there is no second."""
+    rows = []
+    for number in range(table.num_rows):
+        columns = {name: table[name][number].values for name in _COLUMNS}
+        if len(columns["input_ids"]):
+            end = second_start(columns["position_ids"].to_numpy()) or None
+            rows.append({name: values[:end].to_pylist() for name, values in columns.items()})
+    return pa.Table.from_pylist(rows, schema=pa.schema([table.schema.field(name) for name in _COLUMNS]))
+
+
+def sides_of(table: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """The first and the second sequences of a table's rows. A row that has not two, all was left out of it, is in
+    neither."""
     sides: tuple[list[dict[str, list[int]]], ...] = ([], [])
     for number in range(table.num_rows):
-        columns = {name: table[name][number].values for name in ("input_ids", "labels", "position_ids")}
-        starts = np.flatnonzero(columns["position_ids"].to_numpy() == 0)
-        if len(starts) < 2:  # of this row all was left out
+        columns = {name: table[name][number].values for name in _COLUMNS}
+        border = second_start(columns["position_ids"].to_numpy())
+        if not border:
             continue
-        border = int(starts[1])
         for side, part in zip(sides, (slice(0, border), slice(border, None)), strict=True):
             side.append({name: values[part].to_pylist() for name, values in columns.items()})
-    schema = pa.schema([table.schema.field(name) for name in ("input_ids", "labels", "position_ids")])
-    return make_batch(pa.Table.from_pylist([*sides[0], *sides[1]], schema=schema), pad_token)
+    schema = pa.schema([table.schema.field(name) for name in _COLUMNS])
+    first, second = (pa.Table.from_pylist(side, schema=schema) for side in sides)
+    return first, second
 
 
-def answer_sums(logits: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
+def answer_sums(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    rows: torch.Tensor,
+    count: int,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The summed log-probability of each row's labels, (count,), in float32.
 
     Never more than some thousand positions' logits are in float32 at a time, in the backward pass too.
@@ -42,12 +78,13 @@ def answer_sums(logits: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, 
         logits: (kept, vocabulary) at the trained positions.
         labels: (kept,); -100 counts nothing.
         rows: (kept,) which row each position is of.
+        weights: (kept,) what each log-probability counts; None: 1.
     """
     sums = torch.zeros(count, dtype=torch.float32, device=logits.device)
     for start in range(0, len(labels), _CHUNK):
         part = slice(start, start + _CHUNK)
         found = checkpoint(_log_probabilities, logits[part], labels[part], use_reentrant=False)
-        sums = sums.index_add(0, rows[part], found)
+        sums = sums.index_add(0, rows[part], found if weights is None else weights[part] * found)
     return sums
 
 

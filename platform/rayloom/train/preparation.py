@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from rayloom.config.job import JobConfig
 from rayloom.data.plan import DataSet, Plan
-from rayloom.data.rows import REFUSED
+from rayloom.data.rows import REFUSED, judgement
 from rayloom.data.segment import Encoder, Item, SegmentOptions, encode_all, read_chunk
 from rayloom.data.store import CHUNKS_PER_FILE, SCHEMA, files_of, find_store, finish, store_folder, write_file
 from rayloom.data.walk import count_chunk
@@ -118,6 +118,7 @@ def _encode(data_set: DataSet, number: int, items: list[Item], encoder: Encoder,
                 "labels": encoding.labels if encoding else [],
                 "cut": encoding.cut if encoding else 0,
                 "border": encoding.border if encoding else 0,
+                "desirable": judgement(encoding.desirable if encoding else None),
                 "counter": -1 if counter is None else counter,
                 "side": item.side,
             }

@@ -85,6 +85,7 @@ class StreamTrainer(transformers.Trainer):
         *,
         tables: Iterable[pa.Table],
         meter: StreamMeter,
+        stage: Any,
         settings: TrainConfig,
         optimizer_config: Any,
         monitor: Any,
@@ -98,6 +99,7 @@ class StreamTrainer(transformers.Trainer):
         super().__init__(**kw)
         self._tables = tables
         self.meter = meter
+        self._stage = stage
         self._settings = settings
         self._optimizer_config = optimizer_config
         self.trained: list[torch.nn.Parameter] = []  # by the method and the optimizer; BAdam's at any time
@@ -319,6 +321,12 @@ class StreamTrainer(transformers.Trainer):
         if not load_trained(self.model, Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def save_own(self, folder: Path) -> None:
+        """Write what a stage must know to go on, besides model, optimizer and position. On rank 0."""
+
+    def restore_own(self, folder: Path) -> None:
+        """Read what `save_own` wrote. On every rank, before training."""
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save into this rank's own folder and hand it to Ray Train, which puts the ranks' files together."""
         if self.state.global_step == self._saved_step:
@@ -330,6 +338,7 @@ class StreamTrainer(transformers.Trainer):
             if not self.is_deepspeed_enabled:  # which keeps all of its state itself
                 save_trained(self.model, folder)
             self.meter.save(folder, self.state.global_step)
+            self.save_own(folder)
         ray.train.report(
             {"step": self.state.global_step},
             checkpoint=ray.train.Checkpoint.from_directory(folder),

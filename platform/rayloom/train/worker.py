@@ -30,17 +30,26 @@ from rayloom.methods.save import finish_saved, keep_start
 from rayloom.models.load import load_causal_lm
 from rayloom.models.precision import Precision, cast_trained, choose_precision, computes_bf16, computing_dtype
 from rayloom.models.tokenizer import TokenizerSource, load_tokenizer, pad_token
+from rayloom.models.value_head import attach_value_head
 from rayloom.models.vocabulary import added_token_ids
-from rayloom.stages.config import DpoConfig
 from rayloom.stages.step_loss import step_loss, token_loss
 from rayloom.train.deepspeed import deepspeed_config, engine_of
 from rayloom.train.kernels import load_cpu_kernels
+from rayloom.train.kto_trainer import KtoTrainer
 from rayloom.train.meter import StreamMeter
 from rayloom.train.monitor import answer
 from rayloom.train.preference_trainer import PreferenceTrainer
+from rayloom.train.reward_trainer import RewardTrainer
 from rayloom.train.trainer import StreamTrainer
 
 _ENDLESS = 2**31
+_TRAINERS: dict[str, type[StreamTrainer]] = {
+    "pretrain": StreamTrainer,
+    "sft": StreamTrainer,
+    "reward": RewardTrainer,
+    "dpo": PreferenceTrainer,
+    "kto": KtoTrainer,
+}
 
 
 def _announced(tables: Iterator[pa.Table], on_first: Callable[[], None]) -> Iterator[pa.Table]:
@@ -132,6 +141,8 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
         model = attach_method(base, job.method, added_token_ids(tokenizer, job.model))
         if job.train.deepspeed == "none":
             cast_trained(model, precision)
+        if job.stage.type == "reward":
+            attach_value_head(model)
         parameters = count_parameters(model)
         start = scratch / "start"
         say(*parameters.lines())
@@ -147,11 +158,9 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
             folder = stack.enter_context(checkpoint.as_directory())
             meter, _ = StreamMeter.load(Path(folder))
         of_token = token_loss(job.stage)
-        kind: Any = StreamTrainer
-        if isinstance(job.stage, DpoConfig):
-            kind = partial(PreferenceTrainer, preference=job.stage)
-        trainer: StreamTrainer = kind(
+        trainer = _TRAINERS[job.stage.type](
             model=model,
+            stage=job.stage,
             compute_loss_func=of_token and step_loss(of_token, (job.model.moe_aux_loss or 0.0) / batches_per_step),
             optimizer_config=job.optimizer,
             args=arguments,
@@ -170,6 +179,8 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
             eval_names=config["eval_sets"],
         )
         trainer.remove_callback(transformers.PrinterCallback)
+        if folder is not None:
+            trainer.restore_own(Path(folder))
         trainer.train(resume_from_checkpoint=folder)
         evaluation = None
         if eval_shard is not None and not trainer.stopped:

@@ -1,0 +1,112 @@
+"""The trainer of stages whose loss is a mean over examples, not over tokens: rewards, preferences, judgements."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pyarrow as pa
+import torch
+
+from rayloom.train.batch import Batch
+from rayloom.train.meter import StepCount
+from rayloom.train.trainer import StreamTrainer
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a batch's examples gave. Of a batch without examples `losses` is one 0 that still has the model's graph, so
+    that every rank calls the model as often."""
+
+    losses: torch.Tensor
+    """(examples,)"""
+    measures: torch.Tensor
+    """(measures, examples), without a graph; nan where an example has none."""
+
+
+class ExampleTrainer(StreamTrainer):
+    """The loss is averaged over the examples of the global batch, whatever ranks and micro-batches they fell into."""
+
+    loss_is_scaled_for_ga = True  # it is over all of the step's examples
+    measured: ClassVar[tuple[str, ...]]
+    """Names of what is measured besides the loss, for the rows of metrics."""
+
+    def __init__(self, **kw: Any) -> None:
+        super().__init__(**kw)
+        self._sums = torch.zeros(2, len(self.measured), dtype=torch.float64)  # of measures, and of how many
+
+    @abstractmethod
+    def _scores(self, model: Any, inputs: Batch) -> Scores:
+        """Losses and measures of a batch."""
+
+    def _items(self, step: StepCount) -> int:
+        return step.examples
+
+    def _loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """This batch's share of the mean over the step's examples, times the ranks, whose gradients are averaged."""
+        scores = self._scores(model, inputs)
+        self._sums += _sums(scores.measures).cpu()
+        share: torch.Tensor = scores.losses.sum() / kwargs["num_items_in_batch"]
+        return share * self.accelerator.num_processes
+
+    @contextmanager
+    def _without_adapter(self) -> Iterator[Any]:
+        """The model beneath, as it was before training: no adapter, no dropout."""
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        was_training = model.training
+        model.eval()
+        try:
+            with model.disable_adapter():
+                yield model
+        finally:
+            model.train(was_training)
+
+    # --- what is measured --------------------------------------------------------------------------------------------
+
+    def _stage_metrics(self) -> dict[str, float]:
+        means = _means(self._sums.to(self.args.device))
+        self._sums.zero_()
+        return dict(zip(self.measured, means.tolist(), strict=True))
+
+    def _eval_metrics(self, tables: list[pa.Table]) -> dict[str, float]:
+        """`eval_loss` and, behind `eval_`, what is measured: means over the examples, and of each set where there are
+        several. Nothing but sums is kept."""
+        model, names = self.model_wrapped, ("loss", *self.measured)
+        was_training = model.training
+        model.eval()
+        sums = torch.zeros(len(self._eval_names), 2, len(names), dtype=torch.float64, device=self.args.device)
+        with torch.no_grad():
+            self._begin_evaluation(model, tables)
+            for table in tables:
+                scores = self._scores(model, self._prepare_inputs(self._batch(table)))
+                if scores.measures.shape[1] == 0:
+                    continue
+                rows = torch.cat([scores.losses.unsqueeze(0), scores.measures.to(scores.losses)])
+                sets = torch.tensor([of_row[0] for of_row in table["sets"].to_pylist() if of_row], device=rows.device)
+                for number in sets.unique().tolist():
+                    sums[number] += _sums(rows[:, sets == number])
+        model.train(was_training)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        metrics = {f"eval_{name}": mean for name, mean in zip(names, _means(sums.sum(0)).tolist(), strict=True)}
+        if len(self._eval_names) > 1:
+            for of_set, name in zip(sums, self._eval_names, strict=True):
+                if of_set[1, 0]:
+                    means = zip(names, _means(of_set).tolist(), strict=True)
+                    metrics |= {f"eval_{measure}/{name}": mean for measure, mean in means}
+        return metrics
+
+    def _begin_evaluation(self, model: Any, tables: list[pa.Table]) -> None:
+        """What must be known of all examples before any is scored."""
+
+
+def _sums(measures: torch.Tensor) -> torch.Tensor:
+    """(2, measures): sums over the examples that have a measure, and how many these are."""
+    return torch.stack([measures.nansum(dim=1), measures.isfinite().sum(dim=1)]).double()
+
+
+def _means(sums: torch.Tensor) -> torch.Tensor:
+    return sums[0] / sums[1].clamp(min=1)
