@@ -51,6 +51,9 @@ def attach_method(model: Any, method: MethodConfig, new_tokens: Sequence[int] = 
         model = _ATTACH[method.type](model, method, empty)
     if method.type == "full":  # whose precision the loader has settled
         return model
+    is_sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    if is_sharded and method.type == "adapter":  # multiplies with the model's own weights, without a cast between
+        return model
     for parameter in model.parameters():
         is_whole = not hasattr(parameter, "ds_id")  # ZeRO-3 keeps its own fp32 copy of a shard
         if parameter.requires_grad and is_whole and parameter.dtype in (torch.float16, torch.bfloat16):

@@ -14,6 +14,8 @@ class Stage(ConfigPart):
 
     rows: ClassVar[Literal["texts", "conversations", "pairs", "judgements"]]
     """What kind of example it learns from."""
+    measures: ClassVar[tuple[str, ...]]
+    """What is measured besides the loss; evaluation puts `eval_` before the names."""
 
     @property
     def has_reference(self) -> bool:
@@ -25,6 +27,7 @@ class PretrainConfig(Stage):
     """Learn every token of plain texts."""
 
     rows = "texts"
+    measures = ("perplexity", "accuracy")
 
     type: Literal["pretrain"] = "pretrain"
     """`pretrain`: every token of plain texts is learnt."""
@@ -34,6 +37,7 @@ class SftConfig(Stage):
     """Supervised fine-tuning on the answers of conversations."""
 
     rows = "conversations"
+    measures = ("perplexity", "accuracy")
 
     type: Literal["sft"] = "sft"
     """`sft`: the answers of conversations are learnt."""
@@ -62,6 +66,7 @@ class RewardConfig(Stage):
     """Reward model: a head on the model gives every answer a number, the larger the better the answer."""
 
     rows = "pairs"
+    measures = ("rewards/chosen", "rewards/rejected", "rewards/margin", "accuracy")
 
     type: Literal["reward"] = "reward"
     """`reward`: a value head learns to give chosen answers more than rejected ones, by the logistic loss of the
@@ -84,6 +89,7 @@ class DpoConfig(Stage):
     """Preference training: of two answers to a prompt, the chosen one is made likelier than the rejected one."""
 
     rows = "pairs"
+    measures = ("rewards/chosen", "rewards/rejected", "rewards/margin", "accuracy")
 
     type: Literal["dpo"] = "dpo"
     """`dpo`: chosen answers are preferred to rejected ones."""
@@ -129,6 +135,9 @@ class DpoConfig(Stage):
         return not self.weights.keys() <= {*FREE}
 
 
+SMALLER_IS_BETTER = ("loss", "perplexity")
+CHOOSING = (*SMALLER_IS_BETTER, "accuracy", "rewards/margin")
+"""Measures that say how good a model is; most of them the better the larger."""
 SMOOTHED: tuple[PairLossName, ...] = ("sigmoid", "robust", "aot", "cpo", "exo_pair")
 """Losses that `label_smoothing` is for."""
 FREE: tuple[PairLossName, ...] = ("cpo", "simpo", "orpo")
@@ -139,6 +148,7 @@ class KtoConfig(Stage):
     """Answers that were judged one by one: good ones are made likelier, bad ones less likely."""
 
     rows = "judgements"
+    measures = ("rewards/desirable", "rewards/undesirable", "accuracy", "divergence")
 
     type: Literal["kto"] = "kto"
     """`kto`: Kahneman-Tversky optimization (Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306). The reference is

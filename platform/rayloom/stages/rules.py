@@ -6,7 +6,7 @@ from rayloom.config.job import JobConfig
 from rayloom.errors import RequestError
 from rayloom.methods.config import LoraConfig
 from rayloom.methods.optimizers.config import LibraryConfig
-from rayloom.stages.config import FREE, DpoConfig
+from rayloom.stages.config import CHOOSING, FREE, DpoConfig
 
 
 def check_stage(job: JobConfig) -> None:
@@ -15,7 +15,7 @@ def check_stage(job: JobConfig) -> None:
     Raises:
         RequestError: parts of the job that do not go together with its stage.
     """
-    faults = [text for rule in (_reference, _router_loss, _mask, _head_rate) if (text := rule(job))]
+    faults = [text for rule in (_reference, _router_loss, _mask, _head_rate, _best_metric) if (text := rule(job))]
     if faults:
         raise RequestError(*faults)
 
@@ -43,6 +43,22 @@ def _reference(job: JobConfig) -> str | None:
 def _router_loss(job: JobConfig) -> str | None:
     if job.stage.rows not in ("texts", "conversations") and job.model.moe_aux_loss:
         return f"model.moe_aux_loss: stage {job.stage.type} adds no router's loss; leave it out"
+    return None
+
+
+def _best_metric(job: JobConfig) -> str | None:
+    """What the evaluations of the stage do not say cannot be the best of them."""
+    metric = job.train.best_metric
+    if metric is None:
+        return None
+    if not (job.data.eval or job.data.held_out):
+        return "train.best_metric: nothing is evaluated; say data.held_out or data.eval"
+    possible = [f"eval_{name}" for name in CHOOSING if name in ("loss", *job.stage.measures)]
+    sets = [item.name for item in job.data.eval or job.data.train]
+    of_sets = [f"{name}/{of_set}" for name in possible for of_set in sets] if len(sets) > 1 else []
+    if metric not in possible + of_sets:
+        more = f", each also of one set, such as {of_sets[0]}" if of_sets else ""
+        return f"train.best_metric: {metric} is not told in stage {job.stage.type}; known: {', '.join(possible)}{more}"
     return None
 
 

@@ -14,6 +14,10 @@ class TrainConfig(ConfigPart):
 
     workers: Whole = Field(default=1, ge=1)
     """Ray Train workers, one GPU each where there are GPUs; at least 1."""
+    min_workers: Whole | None = Field(default=None, ge=1)
+    """The fewest workers to train with, where the cluster has no room for `workers`; at least 1. The job begins with
+    what fits, goes on with fewer when it loses a machine, and with more when there is room. Needs `global_batch_size`,
+    so that a step takes the same rows whatever their number, and `deepspeed: none`. Left out: `workers`, no fewer."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """What a worker computes on. `auto`: GPUs when the cluster has any."""
     cpus_per_worker: Number = Field(default=1.0, gt=0)
@@ -52,15 +56,34 @@ class TrainConfig(ConfigPart):
     eval_steps: Whole | None = Field(default=None, ge=1)
     """Optimizer steps between two evaluations, where `data.eval` or `data.held_out` says on what. Left out: only at
     the end."""
+    best_metric: str | None = Field(default=None, min_length=1)
+    """What tells the best evaluation: `eval_loss`, `eval_perplexity`, `eval_accuracy` or `eval_rewards/margin`, each
+    also of one set (`eval_loss/SET`). An evaluation that is the best so far is followed by a checkpoint, which is kept,
+    and `model/` is what the best one was made with. Needs `eval_steps`. Left out: the model as it is at the end."""
+    early_stopping: Whole | None = Field(default=None, ge=1)
+    """With `best_metric`: end after so many evaluations on end that are no better than the best; at least 1."""
     save_steps: Whole = Field(default=500, ge=1)
     """Optimizer steps between two checkpoints. One more is written at the end and when the job is told to stop."""
     keep_checkpoints: Whole = Field(default=2, ge=1)
-    """How many of the newest checkpoints stay."""
+    """How many checkpoints stay: the newest, or with `best_metric` the newest one and the best ones."""
+    max_failures: Whole = Field(default=3, ge=0)
+    """How often the job goes on from its last checkpoint by itself, after a worker, a machine or Ray Train's controller
+    has died; 0 or above. An error of the training itself ends the job at once."""
     seed: Whole = Field(default=42, ge=0)
     """Seed of the data order and of every random number."""
     wait_for_resources: Number = Field(default=45.0, ge=0, le=86400)
     """Seconds to wait for busy resources before the job is given up. What the cluster has not got at all is refused
     at once."""
+
+    @property
+    def possible_workers(self) -> list[int]:
+        """Numbers of workers that it may train with, the largest first."""
+        numbers = range(self.workers, (self.min_workers or self.workers) - 1, -1)
+        return [n for n in numbers if not (self.global_batch_size or 0) % (n * self.batch_size)]
+
+    def with_workers(self, workers: int) -> TrainConfig:
+        """The same with another number of workers."""
+        return self.model_copy(update={"workers": workers})
 
     @property
     def accumulation(self) -> int:
@@ -90,6 +113,29 @@ class TrainConfig(ConfigPart):
             raise ValueError(
                 f"gradient_accumulation {self.gradient_accumulation} does not go with global_batch_size {total}, of "
                 f"which {self.accumulation} follows; leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_told(self) -> TrainConfig:
+        if self.best_metric is not None and self.eval_steps is None:
+            raise ValueError("best_metric needs eval_steps: without it there is one evaluation, at the end")
+        if self.early_stopping is not None and self.best_metric is None:
+            raise ValueError("early_stopping needs best_metric: eval_loss, say")
+        return self
+
+    @model_validator(mode="after")
+    def _fewer_workers_do_the_same(self) -> TrainConfig:
+        if self.min_workers is None:
+            return self
+        if self.min_workers > self.workers:
+            raise ValueError(f"min_workers {self.min_workers} is more than workers ({self.workers})")
+        if self.global_batch_size is None:
+            raise ValueError("min_workers needs global_batch_size: else fewer workers would take fewer rows in a step")
+        if self.deepspeed != "none":
+            raise ValueError(
+                f"min_workers: the state of {self.deepspeed} is cut up for a number of workers and cannot be loaded by "
+                "another; use deepspeed: none"
             )
         return self
 

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -31,11 +31,10 @@ class ExampleTrainer(StreamTrainer):
     """The loss is averaged over the examples of the global batch, whatever ranks and micro-batches they fell into."""
 
     loss_is_scaled_for_ga = True  # it is over all of the step's examples
-    measured: ClassVar[tuple[str, ...]]
-    """Names of what is measured besides the loss, for the rows of metrics."""
 
     def __init__(self, **kw: Any) -> None:
         super().__init__(**kw)
+        self.measured: tuple[str, ...] = self._stage.measures
         self._sums = torch.zeros(2, len(self.measured), dtype=torch.float64)  # of measures, and of how many
 
     @abstractmethod

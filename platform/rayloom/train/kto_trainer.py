@@ -22,7 +22,6 @@ from rayloom.train.pairs import answer_sums, first_sequences, sides_of
 class KtoTrainer(ExampleTrainer):
     """Makes good answers likelier and bad ones less likely. The reference is the model with its adapter off."""
 
-    measured = ("rewards/desirable", "rewards/undesirable", "accuracy", "divergence")
     _stage: KtoConfig
 
     def __init__(self, **kw: Any) -> None:

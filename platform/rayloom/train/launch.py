@@ -11,13 +11,15 @@ from rayloom.config.job import JobConfig
 from rayloom.data.plan import Plan, Position
 from rayloom.data.segment import Encoder, EncodeSegment, SegmentOptions
 from rayloom.stages.prepare import eval_options
+from rayloom.train.config import TrainConfig
 from rayloom.train.meter import StreamMeter
 from rayloom.train.run_dir import CHECKPOINTS, RunDir
 
 if TYPE_CHECKING:
     from rayloom.train.resources import Resources
 
-# How often Ray Train may try again to start the workers; its default is for ever.
+# How often Ray Train may try again to start the workers; its default is for ever. `rayloom.train.execution` goes on
+# after faults, with streams that begin at the checkpoint.
 _NO_ENDLESS_RETRY: Any = {"controller_failure_limit": 0}
 
 
@@ -26,6 +28,9 @@ class Work:
     """Everything that is settled before Ray Train starts."""
 
     job: JobConfig
+    """With the number of workers that it trains with now."""
+    asked: TrainConfig
+    """What the job file says, with the most and the fewest workers."""
     run: RunDir
     plan: Plan
     eval_plan: Plan | None
@@ -60,7 +65,7 @@ class Work:
 
     def is_done(self, summary: dict[str, Any]) -> bool:
         """Whether the workers ended because there is nothing left to do, not because the pipeline had ended."""
-        if summary["status"] == "stopped":
+        if summary["status"] == "stopped" or summary["stopped_early"]:
             return True
         if self.job.train.max_steps is not None:
             return bool(summary["steps"] >= self.job.train.max_steps)
@@ -85,6 +90,7 @@ def ray_trainer(work: Work, monitor: Any) -> Any:
             "sets": [data_set.name for data_set in work.plan.sets],
             "eval_sets": [data_set.name for data_set in work.eval_plan.sets] if work.eval_plan else [],
             "model_dir": str(run.model),
+            "checkpoints": str(run.path / CHECKPOINTS),
         },
         torch_config=TorchConfig(backend="gloo" if resources.device == "cpu" else "nccl"),
         scaling_config=ray.train.ScalingConfig(
@@ -97,7 +103,10 @@ def ray_trainer(work: Work, monitor: Any) -> Any:
             storage_path=str(run.path),
             failure_config=ray.train.FailureConfig(max_failures=0, **_NO_ENDLESS_RETRY),
             **_worker_environment(resources),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=job.train.keep_checkpoints),
+            checkpoint_config=ray.train.CheckpointConfig(
+                num_to_keep=job.train.keep_checkpoints,
+                checkpoint_score_attribute="score" if job.train.best_metric else None,
+            ),
         ),
     )
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import ray
 import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayloom.errors import JobError
 
@@ -38,8 +39,12 @@ class Monitor:
 
 
 def start_monitor() -> Any:
-    """Start the actor; it ends with the driver. One call at a time, so that no event falls between two."""
-    return ray.remote(Monitor).options(num_cpus=0).remote()
+    """Start the actor; it ends with the driver. One call at a time, so that no event falls between two.
+
+    On the driver's own node: it must not die with another.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=here).remote()
 
 
 def answer(call: Any, who: str) -> Any:

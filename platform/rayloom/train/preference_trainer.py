@@ -30,8 +30,6 @@ class PreferenceTrainer(ExampleTrainer):
     The reference is the model with its adapter off: one copy of the weights.
     """
 
-    measured = ("rewards/chosen", "rewards/rejected", "rewards/margin", "accuracy")
-
     _stage: DpoConfig
 
     def __init__(self, **kw: Any) -> None:

@@ -21,6 +21,8 @@ _ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
     "RAY_TRAIN_COLLECTIVE_WARN_INTERVAL_S": "600",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    # `rayloom.train.execution` looks after nodes that will be taken away.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 _VARIABLES = {"TOKENIZERS_PARALLELISM": "false"}
 # Set where Ray Jobs started this driver; says which runtime environment the job already has.
@@ -60,7 +62,6 @@ def ray_session(*, verbose: bool) -> Iterator[bool]:
     # Its processes inherit this one's environment and module path. A runtime environment that said the same would make
     # each of them load Ray twice.
     os.environ.update(_VARIABLES)
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away with a notice
     folder = tempfile.mkdtemp(prefix="rl-", dir="/tmp" if Path("/tmp").is_dir() else None)  # socket paths are short
     try:
         with _connected(verbose, address="local", _temp_dir=folder, include_dashboard=False):

@@ -12,6 +12,8 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from rayloom.errors import RequestError
 from rayloom.train.config import TrainConfig
 
+_PROBE_SECONDS = 2.0
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -66,6 +68,37 @@ def require_resources(train: TrainConfig, resources: Resources, *, wait: bool) -
             raise RequestError(_shortage(train, resources, waited))
     finally:
         remove_placement_group(group)
+
+
+def settle_workers(train: TrainConfig, *, wait: bool) -> tuple[TrainConfig, Resources]:
+    """With how many workers to train now, and on what: the most that the cluster has room for, if it were free.
+
+    Args:
+        train: as the job file has it, with the most and the fewest workers.
+        wait: whether the cluster may grow; else what it has not got at all is refused at once.
+
+    Raises:
+        RequestError: not even the fewest workers find room within `train.wait_for_resources` seconds.
+    """
+    bundle = plan_resources(train).per_worker
+    workers = next((n for n in train.possible_workers if _fits(bundle, n)), train.possible_workers[-1])
+    settled = train.with_workers(workers)
+    resources = plan_resources(settled)
+    require_resources(settled, resources, wait=wait)
+    return settled, resources
+
+
+def room_for_more(train: TrainConfig, workers: int, resources: Resources) -> int:
+    """The largest number of workers for which, besides the present ones, there is free room; 0: there is none."""
+    for number in train.possible_workers:
+        if number > workers and _fits(resources.per_worker, number):
+            group = placement_group([resources.per_worker] * (number - workers), strategy="PACK")
+            try:
+                if group.wait(_PROBE_SECONDS):
+                    return number
+            finally:
+                remove_placement_group(group)
+    return 0
 
 
 def describe(amounts: dict[str, float]) -> str:

@@ -19,7 +19,6 @@ from rayloom.train.pairs import make_reward_batch
 class RewardTrainer(ExampleTrainer):
     """Gives chosen answers a larger reward than rejected ones. The model has a head already (`attach_value_head`)."""
 
-    measured = ("rewards/chosen", "rewards/rejected", "rewards/margin", "accuracy")
     _stage: RewardConfig
 
     def __init__(self, **kw: Any) -> None:

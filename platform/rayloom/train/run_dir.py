@@ -15,10 +15,10 @@ from typing import Any
 from rayloom.config.job import JobConfig
 from rayloom.config.read import dump_job
 from rayloom.errors import RequestError
+from rayloom.train.checkpoints import SNAPSHOT, mend_snapshot
 from rayloom.train.meter import STREAM_FILE, StreamMeter
 
 CHECKPOINTS = "checkpoints"
-_SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of the checkpoints that are whole
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,14 @@ class RunDir:
 
         logging.getLogger("ray.train").setLevel(logging.WARNING)  # it tells at length that it has found what we ask for
         folder = self.path / CHECKPOINTS
-        if not (folder / _SNAPSHOT).exists():
+        if not (folder / SNAPSHOT).exists():
             return None
+        mend_snapshot(folder)
         try:
             checkpoint = Result.from_path(folder).checkpoint
         except Exception as error:  # Ray says anything from JSONDecodeError to its own ValueErrors
             raise RequestError(
-                f"resume: Ray {version('ray')} cannot read {folder / _SNAPSHOT}: {error}; "
+                f"resume: Ray {version('ray')} cannot read {folder / SNAPSHOT}: {error}; "
                 "start anew with another name, or with overwrite=true"
             ) from None
         return Path(checkpoint.path) if checkpoint and (Path(checkpoint.path) / STREAM_FILE).exists() else None
@@ -87,6 +88,16 @@ class RunDir:
         partial = self.result_file.with_suffix(".partial")
         partial.write_text(json.dumps(result, indent=2) + "\n")
         partial.replace(self.result_file)
+
+    def cut_back(self) -> int:
+        """Forget what was written after the last checkpoint, which is trained anew; the checkpoint's step, or 0."""
+        checkpoint = self.latest_checkpoint()
+        step = StreamMeter.load(checkpoint)[1] if checkpoint else 0
+        for file in (self.metrics_file, self.manifest_file):
+            if file.exists():
+                kept = [row for row in _read_rows(file) if row["step"] <= step]
+                file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        return step
 
     def settle(self) -> None:
         """The new run has begun to train: what it replaces is deleted for good."""
@@ -138,12 +149,8 @@ def open_run_dir(job: JobConfig, run: RunDir) -> RunDir:
         run = RunDir(run.path, existed=False, replaced=aside)
     run = replace(run, made=tuple(folder for folder in (run.path, *run.path.parents) if not folder.exists()))
     run.path.mkdir(parents=True, exist_ok=True)
-    if job.resume and (checkpoint := run.latest_checkpoint()):
-        _, step = StreamMeter.load(checkpoint)
-        for file in (run.metrics_file, run.manifest_file):
-            if file.exists():
-                kept = [row for row in _read_rows(file) if row["step"] <= step]
-                file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    if job.resume:
+        run.cut_back()
     # Resuming or overwriting is a wish for this start, no property of the job: what is stored repeats the run.
     stored = job.model_copy(update={"resume": False, "overwrite": False})
     (run.path / "job.yaml").write_text(dump_job(stored), encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 
 def learning_rate_factor(progress: float, scheduler: str, warmup: float) -> float:
@@ -23,3 +24,30 @@ def learning_rate_factor(progress: float, scheduler: str, warmup: float) -> floa
     if scheduler == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * done))
     raise ValueError(f"unknown scheduler {scheduler!r}")
+
+
+class ProgressSchedule:
+    """Stands where transformers wants a learning rate scheduler. Holds no state: the trainer sets the rate."""
+
+    def __init__(self, optimizer: Any, peak: float) -> None:
+        self._optimizer = optimizer
+        self._peak = peak
+        self._rate = 0.0
+
+    def set(self, factor: float) -> None:
+        """Set every parameter group to `factor` (0 to 1) of the peak rate, times its own `lr_ratio` (LoRA+)."""
+        self._rate = self._peak * factor
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._rate * group.get("lr_ratio", 1.0)
+
+    def get_last_lr(self) -> list[float]:
+        return [self._rate]
+
+    def step(self) -> None:
+        """Nothing to do: `set` is called before the step that it is for."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to load."""

@@ -12,7 +12,6 @@ What is overridden, and why:
 from __future__ import annotations
 
 import itertools
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
@@ -20,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import ray.train
 import torch
 import transformers
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from rayloom.data.rows import row_name
 from rayloom.errors import JobError
@@ -31,40 +30,15 @@ from rayloom.methods.optimizers.build import Setting, library_class, lora_plus, 
 from rayloom.methods.prompts import virtual_tokens
 from rayloom.methods.save import load_trained, save_trained
 from rayloom.train.batch import Batch, TrainedPositions, make_batch
+from rayloom.train.best import BestRule
+from rayloom.train.checkpoints import CheckpointWriter, checkpoint_name
 from rayloom.train.config import TrainConfig
 from rayloom.train.evaluate import evaluate
 from rayloom.train.meter import BatchCount, StepCount, StreamMeter
 from rayloom.train.monitor import answer
-from rayloom.train.schedule import learning_rate_factor
+from rayloom.train.schedule import ProgressSchedule, learning_rate_factor
 
 _NAMED = 32  # rows that a message names at most
-
-
-class ProgressSchedule:
-    """Stands where transformers wants a learning rate scheduler. Holds no state: the trainer sets the rate."""
-
-    def __init__(self, optimizer: Any, peak: float) -> None:
-        self._optimizer = optimizer
-        self._peak = peak
-        self._rate = 0.0
-
-    def set(self, factor: float) -> None:
-        """Set every parameter group to `factor` (0 to 1) of the peak rate, times its own `lr_ratio` (LoRA+)."""
-        self._rate = self._peak * factor
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._rate * group.get("lr_ratio", 1.0)
-
-    def get_last_lr(self) -> list[float]:
-        return [self._rate]
-
-    def step(self) -> None:
-        """Nothing to do: `set` is called before the step that it is for."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to load."""
 
 
 class _WhenWrapped(transformers.TrainerCallback):
@@ -94,6 +68,7 @@ class StreamTrainer(transformers.Trainer):
         eval_tables: Callable[[], list[pa.Table]] | None,
         set_names: Sequence[str],
         eval_names: Sequence[str],
+        checkpoints: Path,
         **kw: Any,
     ) -> None:
         super().__init__(**kw)
@@ -117,7 +92,14 @@ class StreamTrainer(transformers.Trainer):
         self._taken: list[tuple[int, int]] = []  # set and row of this rank's examples in the step
         self._grad_norm: tuple[int, float | None] = (0, None)  # the step that was logged last, and its gradient's norm
         self._evaluated: tuple[int, dict[str, float]] | None = None  # the last evaluation's step and metrics
-        self.stopped = False
+        self._writer = CheckpointWriter(checkpoints, self._tell_failed)
+        self._best = (
+            BestRule(settings.best_metric, settings.early_stopping, settings.eval_steps)
+            if settings.best_metric and settings.eval_steps
+            else None
+        )
+        self.stopped = False  # because it was told to
+        self.stopped_early = False  # because evaluations got no better
 
     # --- data --------------------------------------------------------------------------------------------------------
 
@@ -233,7 +215,41 @@ class StreamTrainer(transformers.Trainer):
             then, tokens = self._log_clock
             self._log_clock = (then + time.perf_counter() - started, tokens)
         self._evaluated = (self.state.global_step, metrics)
+        if self._best is not None:
+            self._compare(self._best, metrics)
         return metrics
+
+    def _compare(self, rule: BestRule, metrics: dict[str, float]) -> None:
+        """Keep what is the best so far; end where nothing better has come for long."""
+        value, step = metrics[rule.metric], self.state.global_step
+        if rule.is_better(value, self.state.best_metric):
+            self.state.best_metric, self.state.best_global_step = value, step
+            self.control.should_save = True
+        elif rule.is_over(step, self.state.best_global_step or 0):
+            self.stopped_early = self.control.should_training_stop = True
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The best evaluation so far, for `result.json`."""
+        if self._best is None or self.state.best_metric is None:
+            return None
+        best = {"metric": self._best.metric, "value": self.state.best_metric, "step": self.state.best_global_step}
+        return {**best, "of_steps": self.state.global_step}
+
+    def load_best(self) -> None:
+        """Take the weights of the best evaluation back from its checkpoint, where they are not the present ones."""
+        best = self.best
+        if best is None or best["step"] == self.state.global_step:
+            return
+        self._writer.wait()
+        folder = self._writer.folder / checkpoint_name(best["step"])
+        if self.is_deepspeed_enabled:
+            deepspeed_load_checkpoint(
+                self.model_wrapped, str(folder), load_module_strict=not hasattr(self.model, "peft_config")
+            )
+        else:
+            self._load_from_checkpoint(str(folder), self.model)
+        self.restore_own(folder)
 
     def _eval_metrics(self, tables: list[pa.Table]) -> dict[str, float]:
         return evaluate(
@@ -331,7 +347,13 @@ class StreamTrainer(transformers.Trainer):
         """Save into this rank's own folder and hand it to Ray Train, which puts the ranks' files together."""
         if self.state.global_step == self._saved_step:
             return
-        super()._save_checkpoint(model, trial)
+        try:
+            super()._save_checkpoint(model, trial)
+        except OSError as error:
+            raise JobError(
+                f"the checkpoint of step {self.state.global_step} cannot be written to {self.args.output_dir}, from "
+                f"where it would be copied: {error.strerror or error}"
+            ) from error
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         folder.mkdir(exist_ok=True)
         if self.is_world_process_zero():
@@ -339,10 +361,15 @@ class StreamTrainer(transformers.Trainer):
                 save_trained(self.model, folder)
             self.meter.save(folder, self.state.global_step)
             self.save_own(folder)
-        ray.train.report(
-            {"step": self.state.global_step},
-            checkpoint=ray.train.Checkpoint.from_directory(folder),
-            checkpoint_dir_name=f"step-{self.state.global_step:08d}",
-        )
-        shutil.rmtree(folder)
+        score = None
+        if self._best is not None and self._evaluated is not None and self._evaluated[0] == self.state.global_step:
+            score = self._best.score(self._evaluated[1][self._best.metric])
+        self._writer.write(folder, self.state.global_step, score=score, is_first_rank=self.is_world_process_zero())
         self._saved_step = self.state.global_step
+
+    def finish_saving(self) -> None:
+        """Return when every checkpoint is in the storage. Every rank calls it, at the end."""
+        self._writer.wait()
+
+    def _tell_failed(self, text: str) -> None:
+        answer(self._monitor.post.remote({"kind": "failed", "text": text}), f"rank {self.args.process_index}")

@@ -110,6 +110,8 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
         if rank == 0:
             answer(monitor.post.remote({"kind": "say", "lines": lines}), "rank 0")
 
+    node = ray.get_runtime_context().get_node_id()
+    answer(monitor.post.remote({"kind": "node", "id": node}), f"rank {rank}")
     phase("workers")
     tables = shards["train"].batches(job.train.batch_size)
     eval_shard = shards.get("eval")
@@ -177,6 +179,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
             else partial(eval_shard.first, job.data.eval_samples, job.train.batch_size),
             set_names=config["sets"],
             eval_names=config["eval_sets"],
+            checkpoints=Path(config["checkpoints"]),
         )
         trainer.remove_callback(transformers.PrinterCallback)
         if folder is not None:
@@ -185,14 +188,18 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
         evaluation = None
         if eval_shard is not None and not trainer.stopped:
             evaluation = trainer.evaluate()
+            trainer.load_best()
         if not trainer.stopped:
             trainer.save_model(config["model_dir"])
             if rank == 0:
                 finish_saved(model, job.method, Path(config["model_dir"]), start)
+        trainer.finish_saving()
     if rank != 0:
         return None
     return {
         "status": "stopped" if trainer.stopped else "finished",
+        "stopped_early": trainer.stopped_early,
+        "best": trainer.best,
         "steps": trainer.state.global_step,
         "tokens": meter.tokens,
         "trained_tokens": meter.trained_tokens,

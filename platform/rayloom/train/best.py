@@ -1,0 +1,34 @@
+"""Which evaluation was the best, and whether it is time to stop. Pure: the best one's step and value are arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rayloom.stages.config import SMALLER_IS_BETTER
+
+
+@dataclass(frozen=True)
+class BestRule:
+    """How evaluations are compared."""
+
+    metric: str
+    """A name of the row of metrics, such as `eval_loss` or `eval_accuracy/SET`."""
+    patience: int | None
+    """After so many evaluations on end that are no better than the best, the training ends; None: it goes on."""
+    eval_steps: int
+
+    def score(self, value: float) -> float:
+        """The value, or its negative: the larger the better."""
+        name = self.metric.removeprefix("eval_").partition("/")[0]
+        whole = self.metric.removeprefix("eval_")
+        return -value if name in SMALLER_IS_BETTER or whole in SMALLER_IS_BETTER else value
+
+    def is_better(self, value: float, best: float | None) -> bool:
+        """Whether a value is better than the best one so far; nan never is."""
+        if value != value:
+            return False
+        return best is None or self.score(value) > self.score(best)
+
+    def is_over(self, step: int, best_step: int) -> bool:
+        """Whether patience is at its end at an evaluation that was not the best."""
+        return self.patience is not None and step - best_step >= self.patience * self.eval_steps

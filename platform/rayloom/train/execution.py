@@ -1,0 +1,241 @@
+"""A job at work: Ray Train in a thread; the main thread listens, writes, hands signals on, and goes on after faults.
+
+fit -> a fault, or a node that will be taken away -> the workers that fit now -> fit, from the last checkpoint
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import threading
+import time
+from dataclasses import replace
+from importlib.metadata import version
+from statistics import median
+from typing import Any
+
+from rayloom import __version__
+from rayloom.data.rows import COUNTERS, CUT, DROP_REASONS, HELD_OUT, TOKENS_CUT
+from rayloom.errors import JobError, RequestError
+from rayloom.train.faults import draining_nodes, fault_of
+from rayloom.train.launch import Work, ray_trainer
+from rayloom.train.monitor import answer, start_monitor
+from rayloom.train.report import Reporter, mean_loss, plot_loss
+from rayloom.train.resources import room_for_more, settle_workers
+from rayloom.train.signals import Signals
+
+_POLL_SECONDS = 0.25
+_WATCH_SECONDS = 2.0  # between two looks at the nodes
+_GROW_SECONDS = 60.0  # between two tries to get more workers
+_VERSIONS = ("ray", "torch", "transformers", "peft", "accelerate", "deepspeed")
+
+
+class Execution:
+    """What the driver does from the first worker to `result.json`."""
+
+    def __init__(self, work: Work, reporter: Reporter, phases: dict[str, float]) -> None:
+        self._work, self._reporter, self._phases = work, reporter, phases
+        self._asked = work.asked
+        self._monitor = start_monitor()
+        self._nodes: set[str] = set()  # where workers are
+        self._outcome: dict[str, Any] | BaseException | None = None
+        self._refused: RequestError | None = None
+        self._failed: str | None = None  # why, as the first worker that gave up says it
+        self._trains = False
+        self._collecting = threading.Lock()
+        self._breaks: list[dict[str, Any]] = []  # faults and moves, for `result.json`
+        self._stop_asked = False
+        self._move: str | None = None  # why the workers were told to stop, if not for good
+        self._watched = self._tried_to_grow = time.monotonic()
+
+    def run(self) -> dict[str, Any]:
+        """Train; return what `result.json` holds. On the way: metrics to file and screen, signals to the workers.
+
+        Raises:
+            RequestError: a worker refused the request; nothing was written.
+            JobError: the job failed.
+        """
+        thread = threading.Thread(target=self._fit, daemon=True)
+        try:
+            with Signals(self._ask_to_stop):
+                thread.start()
+                while thread.is_alive():
+                    thread.join(_POLL_SECONDS)
+                    self._collect()
+                    self._watch()
+            self._collect()
+        except KeyboardInterrupt:
+            if not self._trains:
+                self._work.run.undo()
+            raise
+        if isinstance(self._outcome, dict):
+            return self._finish(self._outcome)
+        raise self._failure(self._outcome)
+
+    # --- in the thread: Ray Train, again and again -----------------------------------------------------------------
+
+    def _fit(self) -> None:
+        try:
+            steps, summary = -1, None
+            while summary is None or not self._work.is_done(summary):
+                try:
+                    # Once more also where one execution of the pipeline was not enough.
+                    summary = ray_trainer(self._work, self._monitor).fit().return_value
+                except Exception as error:
+                    self._break(error)
+                    summary = None
+                    continue
+                if summary["status"] == "stopped" and self._move and not self._stop_asked:
+                    self._go_on("moved", self._move)
+                    summary = None
+                    continue
+                if summary["steps"] == steps and not self._work.is_done(summary):
+                    raise JobError(
+                        f"no example of {self._work.segments_at_once} segments on end can "
+                        "be trained on: all are longer than data.cutoff or have no answer"
+                    )
+                steps = summary["steps"]
+            self._outcome = summary
+        except BaseException as error:
+            self._outcome = error
+
+    def _break(self, error: Exception) -> None:
+        """Raise what would happen again; after a fault of a machine or a process, go on."""
+        self._collect()
+        what = fault_of(error)
+        faults = sum(item["kind"] == "fault" for item in self._breaks)
+        if self._refused or self._failed or what is None:
+            raise error
+        if faults >= self._work.job.train.max_failures:
+            raise JobError(f"{what}. It was failure {faults + 1}; train.max_failures is {faults}") from error
+        self._go_on("fault", what)
+
+    def _go_on(self, kind: str, what: str) -> None:
+        """Begin again at the last checkpoint, with the workers that fit now.
+
+        With another monitor: what a worker says that has outlived its controller is of no interest.
+        """
+        with self._collecting:
+            self._monitor, self._nodes, self._move = start_monitor(), set(), None
+        if self._stop_asked:
+            self._monitor.request_stop.remote()
+        step = self._work.run.cut_back()
+        self._breaks.append({"kind": kind, "what": what, "time": time.time(), "from_step": step})
+        self._reporter.say(f"{what}; goes on from step {step}")
+        train, resources = settle_workers(self._asked, wait=True)
+        job = self._work.job.model_copy(update={"train": train})
+        self._work = replace(self._work, job=job, resources=resources)
+        self._tried_to_grow = time.monotonic()
+
+    # --- in the main thread: what the workers say, what the nodes do -----------------------------------------------
+
+    def _ask_to_stop(self, name: str) -> None:
+        self._stop_asked = True
+        self._reporter.say(f"{name}: saving a checkpoint after this step, then stopping; once more stops at once")
+        self._monitor.request_stop.remote()
+
+    def _watch(self) -> None:
+        """Ask the workers to save and leave where a node will be taken away, or where more of them fit now."""
+        now = time.monotonic()
+        if self._move or self._stop_asked or not self._trains or now < self._watched + _WATCH_SECONDS:
+            return
+        self._watched = now
+        workers = self._work.job.train.workers
+        if leaving := draining_nodes() & self._nodes:
+            self._ask_to_move(f"{len(leaving)} node(s) will be taken away")
+        elif workers < self._asked.workers and now > self._tried_to_grow + _GROW_SECONDS:
+            self._tried_to_grow = now
+            if more := room_for_more(self._asked, workers, self._work.resources):
+                self._ask_to_move(f"there is room for {more} workers")
+
+    def _ask_to_move(self, why: str) -> None:
+        self._move = why
+        self._reporter.say(f"{why}: saving a checkpoint after this step")
+        self._monitor.request_stop.remote()
+
+    def _collect(self) -> None:
+        with self._collecting:
+            for event in answer(self._monitor.collect.remote(), "the driver"):
+                self._take(event)
+
+    def _take(self, event: dict[str, Any]) -> None:
+        run = self._work.run
+        if event["kind"] == "phase":
+            self._phases.setdefault(event["name"], event["time"])
+        elif event["kind"] == "refused":
+            self._refused = RequestError(*event["messages"])
+        elif event["kind"] == "failed":
+            self._failed = self._failed or event["text"]
+        elif event["kind"] == "say":
+            for line in event["lines"]:
+                self._reporter.say(line)
+        elif event["kind"] == "node":
+            self._nodes.add(event["id"])
+        elif event["kind"] == "manifest":
+            with run.manifest_file.open("a") as file:
+                file.write(json.dumps(event["row"]) + "\n")
+        else:
+            if not self._trains:
+                self._trains = True
+                run.settle()
+            if self._breaks:
+                self._breaks[-1].setdefault("seconds", round(time.time() - self._breaks[-1]["time"], 2))
+            with run.metrics_file.open("a") as file:
+                file.write(json.dumps(event["row"]) + "\n")
+            self._reporter.show(event["row"])
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def _failure(self, error: BaseException | None) -> Exception:
+        run = self._work.run
+        if self._refused is not None:
+            run.undo()
+            return self._refused
+        trace = str(error) if isinstance(error, JobError | RequestError) else f"{type(error).__name__}: {error}"
+        text = self._failed or trace[-4000:]
+        if not self._trains and run.replaced is not None:
+            run.undo()
+            return JobError(f"{self._work.job.name} failed before its first step. {text}\nThe earlier run is kept")
+        self._write({"status": "failed", "error": text})
+        kept = run.latest_checkpoint() is not None
+        hint = "\nThe last checkpoint is kept: resume=true goes on from it" if kept else ""
+        return JobError(f"{self._work.job.name} failed. {text}{hint}")
+
+    def _finish(self, summary: dict[str, Any]) -> dict[str, Any]:
+        run, names = self._work.run, [data_set.name for data_set in self._work.plan.sets]
+        run.settle()
+        summary["examples"] = dict(zip(names, summary["examples"], strict=True))
+        summary |= _by_set(names, summary.pop("counts"))
+        summary["model_dir"] = str(run.model) if summary["status"] == "finished" else None
+        metrics = run.metrics()
+        if rows := [row for row in metrics if "loss" in row]:
+            summary["train_loss"] = mean_loss(rows)
+            summary["tokens_per_second"] = median(row["tokens_per_second"] for row in rows)
+            evaluations = [row for row in metrics if "eval_loss" in row]
+            plot_loss(rows, evaluations, run.path / "loss.png", self._work.job.name)
+        return self._write(summary)
+
+    def _write(self, summary: dict[str, Any]) -> dict[str, Any]:
+        marks = sorted(self._phases.items(), key=lambda item: item[1])
+        seconds = {name: round(time_ - marks[i][1], 2) for i, (name, time_) in enumerate(marks[1:])}
+        result = {
+            "name": self._work.job.name,
+            **summary,
+            "breaks": self._breaks,
+            "seconds": round(time.time() - self._phases["start"], 2),
+            "seconds_to_first_step": seconds,
+            "versions": {"rayloom": __version__, "python": platform.python_version()}
+            | {name: version(name) for name in _VERSIONS},
+        }
+        self._work.run.write_result(result)
+        return result
+
+
+def _by_set(names: list[str], counts: list[int]) -> dict[str, Any]:
+    """What `result.json` says of the examples that were left out or cut, per data set."""
+    of_set = {name: counts[i * len(COUNTERS) : (i + 1) * len(COUNTERS)] for i, name in enumerate(names)}
+    return {
+        "dropped": {name: dict(zip(DROP_REASONS, numbers, strict=False)) for name, numbers in of_set.items()},
+        "held_out": {name: numbers[HELD_OUT] for name, numbers in of_set.items()},
+        "cut": {name: {"examples": numbers[CUT], "tokens": numbers[TOKENS_CUT]} for name, numbers in of_set.items()},
+    }

@@ -1,0 +1,116 @@
+"""A job goes on by itself when processes die: the curve and the weights are those of a run that nobody disturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.ray.small_jobs import job, metrics, run, write_rows
+
+from rayloom.config.job import JobConfig
+from rayloom.errors import JobError
+from rayloom.jobs.local_head import LocalHead
+
+pytestmark = pytest.mark.usefixtures("connected")
+
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return [{"path": str(write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", 200))}]
+
+
+def long_job(model: Path, output: Path, sets: list[dict[str, Any]], name: str, **train: Any) -> JobConfig:
+    part = {"max_steps": STEPS, "save_steps": 5, "learning_rate": 1e-3, **train}
+    return job(model, output, sets, name=name, train=part)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    tiny_model: Path, sets: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory, connected: Any
+) -> JobConfig:
+    config = long_job(tiny_model, tmp_path_factory.mktemp("undisturbed"), sets, "whole")
+    run(config)
+    return config
+
+
+def processes(head: LocalHead, title: str) -> list[psutil.Process]:
+    """Ray's processes under a head whose title says this."""
+    found = []
+    for process in psutil.Process(head._process.pid).children(recursive=True):
+        try:
+            if any(title in part for part in process.cmdline()[:1]):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@contextmanager
+def at_step(config: JobConfig, step: int, act: Callable[[], None]) -> Iterator[None]:
+    """Do something when the job's metrics have come to a step."""
+    done = threading.Event()
+
+    def watch() -> None:
+        file, deadline = config.run_dir / "metrics.jsonl", time.monotonic() + 120
+        while time.monotonic() < deadline:
+            if file.exists() and any(f'"step": {step},' in line for line in file.read_text().splitlines()):
+                act()
+                done.set()
+                return
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    yield
+    thread.join(1)
+    assert done.is_set(), f"the job never came to step {step}"
+
+
+def kill(head: LocalHead, title: str) -> None:
+    for process in processes(head, title):
+        os.kill(process.pid, signal.SIGKILL)
+
+
+def same_run(one: JobConfig, other: JobConfig) -> None:
+    losses = [[(row["step"], row["loss"], row["grad_norm"]) for row in metrics(config)] for config in (one, other)]
+    assert losses[0] == losses[1]
+    weights = [load_file(config.run_dir / "model" / "adapter_model.safetensors") for config in (one, other)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("title", ["RayTrainWorker", pytest.param("TrainController", marks=pytest.mark.slow)])
+def test_a_process_dies(
+    title: str, head: LocalHead, undisturbed: JobConfig, tiny_model: Path, sets: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    config = long_job(tiny_model, tmp_path, sets, "killed")
+    with at_step(config, 22, lambda: kill(head, title)):
+        result, _ = run(config)
+    (event,) = result["breaks"]
+    assert event["kind"] == "fault"
+    assert 20 <= event["from_step"] < STEPS
+    assert event["seconds"] < 60
+    same_run(undisturbed, config)
+
+
+def test_it_gives_up(head: LocalHead, tiny_model: Path, sets: list[dict[str, Any]], tmp_path: Path) -> None:
+    config = long_job(tiny_model, tmp_path, sets, "given-up", max_failures=0)
+    with (
+        at_step(config, 22, lambda: kill(head, "RayTrainWorker")),
+        pytest.raises(JobError, match=r"worker 0 died.*It was failure 1; train.max_failures is 0[\s\S]*resume=true"),
+    ):
+        run(config)
+    result = json.loads((config.run_dir / "result.json").read_text())
+    assert (result["status"], result["breaks"]) == ("failed", [])
