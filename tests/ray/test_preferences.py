@@ -126,7 +126,7 @@ def test_losses_equal_a_loop(
     assert [row["loss"] for row in trained] == pytest.approx(losses, abs=2e-5)
     if name == "sigmoid":
         assert losses[0] == pytest.approx(math.log(2), abs=1e-6)  # policy and reference are one before the first step
-        assert [row["rewards/accuracy"] for row in trained[1:]] == accuracies[1:]
+        assert [row["accuracy"] for row in trained[1:]] == accuracies[1:]
         assert all(
             row["rewards/margin"] == pytest.approx(row["rewards/chosen"] - row["rewards/rejected"], abs=1e-6)
             for row in trained

@@ -17,6 +17,7 @@ from typing import Any
 from rayloom import __version__
 from rayloom.data.rows import COUNTERS, CUT, DROP_REASONS, HELD_OUT, TOKENS_CUT
 from rayloom.errors import JobError, RequestError
+from rayloom.train.checkpoints import keep_snapshot
 from rayloom.train.faults import draining_nodes, fault_of
 from rayloom.train.launch import Work, ray_trainer
 from rayloom.train.monitor import answer, start_monitor
@@ -85,6 +86,7 @@ class Execution:
                     self._break(error)
                     summary = None
                     continue
+                keep_snapshot(self._work.run.checkpoints)
                 if summary["status"] == "stopped" and self._move and not self._stop_asked:
                     self._go_on("moved", self._move)
                     summary = None

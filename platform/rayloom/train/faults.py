@@ -20,6 +20,8 @@ def fault_of(error: BaseException) -> str | None:
     for who, part in parts:
         if isinstance(part, _BROKEN):
             return f"{who} died: {_first_line(part)}"
+        if type(part).__name__ in _NOT_STARTED:  # a machine went while they were starting
+            return f"{who} could not start the workers: {_first_line(part)}"
     for who, part in parts:
         if type(part).__name__ in ("DistBackendError", "DistNetworkError", "TimeoutError") or _is_connection(part):
             return f"{who} lost the connection to the others: {_first_line(part)}"
@@ -40,6 +42,7 @@ _BROKEN = (
     ray.exceptions.OutOfMemoryError,
     ray.exceptions.ObjectLostError,
 )
+_NOT_STARTED = ("WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError")
 _CONNECTION = ("connection closed by peer", "connection reset by peer", "connection refused", "timed out waiting")
 
 

@@ -90,7 +90,7 @@ def ray_trainer(work: Work, monitor: Any) -> Any:
             "sets": [data_set.name for data_set in work.plan.sets],
             "eval_sets": [data_set.name for data_set in work.eval_plan.sets] if work.eval_plan else [],
             "model_dir": str(run.model),
-            "checkpoints": str(run.path / CHECKPOINTS),
+            "checkpoints": str(run.checkpoints),
         },
         torch_config=TorchConfig(backend="gloo" if resources.device == "cpu" else "nccl"),
         scaling_config=ray.train.ScalingConfig(

@@ -37,6 +37,10 @@ class RunDir:
         return self.path / "model"
 
     @property
+    def checkpoints(self) -> Path:
+        return self.path / CHECKPOINTS
+
+    @property
     def result_file(self) -> Path:
         return self.path / "result.json"
 
@@ -70,7 +74,7 @@ class RunDir:
         from ray.train import Result
 
         logging.getLogger("ray.train").setLevel(logging.WARNING)  # it tells at length that it has found what we ask for
-        folder = self.path / CHECKPOINTS
+        folder = self.checkpoints
         if not (folder / SNAPSHOT).exists():
             return None
         mend_snapshot(folder)
@@ -198,7 +202,7 @@ def _check_writable(job: JobConfig, path: Path) -> None:
 def _check_resume(job: JobConfig, run: RunDir) -> None:
     checkpoint = run.latest_checkpoint() if run.existed else None
     if checkpoint is None:
-        raise RequestError(f"resume: there is no checkpoint in {run.path / CHECKPOINTS}; start without resume=true")
+        raise RequestError(f"resume: there is no checkpoint in {run.checkpoints}; start without resume=true")
     from rayloom.config.read import read_job
 
     before = read_job(run.path / "job.yaml")
