@@ -26,7 +26,10 @@ def raised(error: Exception) -> Exception:
         (WorkerGroupError("x", {1: DIED}), "worker 1 died"),
         (WorkerGroupError("x", {0: raised(RuntimeError("Connection closed by peer")), 1: DIED}), "worker 1 died"),
         (WorkerGroupError("x", {0: raised(RuntimeError("[gloo] Connection closed by peer [::1]"))}), "worker 0 lost"),
-        (WorkerGroupError("x", {0: raised(ray.exceptions.OutOfMemoryError("killed"))}), "worker 0 died"),
+        (
+            WorkerGroupError("x", {0: raised(ray.exceptions.ActorDiedError())}),
+            "worker 0 asked for something of a process that died",
+        ),
         (ray.exceptions.ActorDiedError(), "Ray Train's controller died"),
         (ControllerError(WorkerGroupStartupTimeoutError(2)), "Ray Train's controller could not start the workers"),
     ],

@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import ray
 import ray.data
 import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayloom.data.rows import SCHEMA, raise_error
 from rayloom.errors import JobError
@@ -87,12 +88,14 @@ class _Dealer:
 def start_dealer(dataset: ray.data.Dataset, workers: int, *given: pa.Table) -> Any:
     """Start the actor that deals a stream to `workers` workers; it ends when nobody holds it any more.
 
-    It is there long before the workers are, with all that Ray Data needs loaded, and costs little until they ask.
+    It is there long before the workers are, with all that Ray Data needs loaded, and costs little until they ask. It is
+    on this process's own node: it must not die with another.
 
     Args:
         given: the first blocks, which have been made already; the stream is what follows them.
     """
-    options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 2 * workers}
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 2 * workers, "scheduling_strategy": here}
     return ray.remote(_Dealer).options(**options).remote(dataset, workers, list(given))
 
 

@@ -40,17 +40,33 @@ class TrainConfig(ConfigPart):
     """Weight decay, decoupled from the gradient where the optimizer decouples it (AdamW); not on norms and biases."""
     max_grad_norm: Number | None = Field(default=1.0, gt=0)
     """Gradients are scaled down to this global L2 norm; above 0. `null`: they are left as they are."""
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """What happens at a loss or a gradient that is no number: `stop` ends the job and names the rows; `skip` makes no
+    step with it and goes on (`result.json` says how often), for `deepspeed: none`."""
+    collective_timeout: Number = Field(default=600.0, gt=0)
+    """Seconds that a worker waits for the others, above 0. Then it gives up, and the job goes on from its last
+    checkpoint (`max_failures`)."""
     epochs: Whole = Field(default=1, ge=1)
     """Passes over the mixed stream; at least 1."""
     max_steps: Whole | None = Field(default=None, ge=1)
     """Optimizer steps to make, whatever `epochs` says; the stream goes on into further epochs as needed."""
     deepspeed: Literal["none", "zero1", "zero2", "zero3"] = "none"
     """What DeepSpeed shards over the workers: `zero1` optimizer state, `zero2` also gradients, `zero3` also weights."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What DeepSpeed keeps in the memory of the host: `optimizer`, its state and step; `all`, under `zero3` also the
+    weights."""
+    deepspeed_json: str | None = Field(default=None, min_length=1)
+    """A DeepSpeed JSON of your own, which has the last word over what `deepspeed` and `offload` say; its stage must be
+    that of `deepspeed`. Batch sizes, precision, clipping, optimizer and schedule are the job's: leave them out, or
+    `auto`."""
     precision: Literal["auto", "bf16", "fp16", "fp32", "pure_bf16"] = "auto"
     """What the model computes in. `auto`: bf16 where the device computes it, else fp16 on a GPU, else fp32. In bf16 and
     fp16 the weights that train stand in fp32; in `pure_bf16` these, their gradients and the optimizer are bf16 too."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    track: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default=[], max_length=3)
+    """Where else the metrics go: `tensorboard`, files in the run directory; `wandb` and `mlflow`, which read their own
+    environment variables (WANDB_MODE, MLFLOW_TRACKING_URI ...). Needs the extras of these names."""
     logging_steps: Whole = Field(default=10, ge=1)
     """Optimizer steps between two rows of metrics."""
     eval_steps: Whole | None = Field(default=None, ge=1)
@@ -82,8 +98,9 @@ class TrainConfig(ConfigPart):
         return [n for n in numbers if not (self.global_batch_size or 0) % (n * self.batch_size)]
 
     def with_workers(self, workers: int) -> TrainConfig:
-        """The same with another number of workers."""
-        return self.model_copy(update={"workers": workers})
+        """The same with another number of workers; of `global_batch_size` another accumulation follows."""
+        own = self.gradient_accumulation if self.global_batch_size is None else 1
+        return self.model_copy(update={"workers": workers, "gradient_accumulation": own})
 
     @property
     def accumulation(self) -> int:
@@ -113,6 +130,20 @@ class TrainConfig(ConfigPart):
             raise ValueError(
                 f"gradient_accumulation {self.gradient_accumulation} does not go with global_batch_size {total}, of "
                 f"which {self.accumulation} follows; leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _deepspeed_is_used(self) -> TrainConfig:
+        if self.deepspeed == "none" and self.offload != "none":
+            raise ValueError(f"offload {self.offload} is DeepSpeed's; say deepspeed: zero2 or zero3")
+        if self.deepspeed == "none" and self.deepspeed_json is not None:
+            raise ValueError("deepspeed_json needs deepspeed to say which stage it is: zero1, zero2 or zero3")
+        if self.deepspeed != "none" and self.on_bad_step == "skip":
+            raise ValueError("on_bad_step skip: DeepSpeed makes its steps itself; use deepspeed: none, or stop")
+        if self.offload == "all" and self.deepspeed != "zero3":
+            raise ValueError(
+                f"offload all: {self.deepspeed} does not shard the weights; use zero3, or offload optimizer"
             )
         return self
 

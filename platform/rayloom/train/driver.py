@@ -26,10 +26,12 @@ from rayloom.models.check import check_model
 from rayloom.models.precision import choose_precision, computes_bf16
 from rayloom.stages.prepare import make_encoder, plan_data, prepare_eval, segment_options, with_stores
 from rayloom.stages.rules import check_stage
+from rayloom.train.deepspeed import read_deepspeed_json
 from rayloom.train.launch import Work
 from rayloom.train.ray_session import prepare_environment, ray_session
 from rayloom.train.report import Reporter
 from rayloom.train.run_dir import check_data, check_run_dir, open_run_dir
+from rayloom.train.track import check_trackers
 
 _POLL_SECONDS = 0.25
 _SEGMENTS_AT_ONCE = 10_000
@@ -55,6 +57,8 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
     check_combination(job)
     check_stage(job)
     check_environment(job.optimizer, job.train.device)
+    check_trackers(job)
+    deepspeed = read_deepspeed_json(job.train)
     plan = plan_data(job)
     eval_plan = prepare_eval(job)
     if job.resume:
@@ -82,7 +86,19 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
         run = open_run_dir(job, run)
         run.data_file.write_text(json.dumps(plan.fingerprints, indent=2) + "\n")
         settled = job.model_copy(update={"train": train})
-        work = Work(settled, job.train, run, plan, eval_plan, encoder, options, first, resources, _SEGMENTS_AT_ONCE)
+        work = Work(
+            job=settled,
+            asked=job.train,
+            run=run,
+            plan=plan,
+            eval_plan=eval_plan,
+            encoder=encoder,
+            options=options,
+            first=first,
+            resources=resources,
+            segments_at_once=_SEGMENTS_AT_ONCE,
+            deepspeed=deepspeed,
+        )
         reporter.say(f"{job.name}: {_describe(work)}")
         for data_set, store in zip(plan.sets, options.stores, strict=True):
             if store:

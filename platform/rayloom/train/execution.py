@@ -24,6 +24,7 @@ from rayloom.train.monitor import answer, start_monitor
 from rayloom.train.report import Reporter, mean_loss, plot_loss
 from rayloom.train.resources import room_for_more, settle_workers
 from rayloom.train.signals import Signals
+from rayloom.train.track import Trackers
 
 _POLL_SECONDS = 0.25
 _WATCH_SECONDS = 2.0  # between two looks at the nodes
@@ -37,6 +38,7 @@ class Execution:
     def __init__(self, work: Work, reporter: Reporter, phases: dict[str, float]) -> None:
         self._work, self._reporter, self._phases = work, reporter, phases
         self._asked = work.asked
+        self._trackers: Trackers | None = None  # from the first row of metrics on
         self._monitor = start_monitor()
         self._nodes: set[str] = set()  # where workers are
         self._outcome: dict[str, Any] | BaseException | None = None
@@ -69,6 +71,9 @@ class Execution:
             if not self._trains:
                 self._work.run.undo()
             raise
+        finally:
+            if self._trackers is not None:
+                self._trackers.close()
         if isinstance(self._outcome, dict):
             return self._finish(self._outcome)
         raise self._failure(self._outcome)
@@ -185,6 +190,9 @@ class Execution:
             with run.metrics_file.open("a") as file:
                 file.write(json.dumps(event["row"]) + "\n")
             self._reporter.show(event["row"])
+            if self._trackers is None:
+                self._trackers = Trackers(self._work.job, run.path, self._reporter.say)
+            self._trackers.log(event["row"])
 
     # --- the end ------------------------------------------------------------------------------------------------------
 

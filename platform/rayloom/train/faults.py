@@ -17,12 +17,13 @@ def fault_of(error: BaseException) -> str | None:
         error: what `fit` of a Ray Train trainer has raised.
     """
     parts = list(_parts(error))
-    for who, part in parts:
+    for who, part, is_own in parts:
         if isinstance(part, _BROKEN):
-            return f"{who} died: {_first_line(part)}"
+            what = "died" if is_own else "asked for something of a process that died"
+            return f"{who} {what}: {_first_line(part)}"
         if type(part).__name__ in _NOT_STARTED:  # a machine went while they were starting
             return f"{who} could not start the workers: {_first_line(part)}"
-    for who, part in parts:
+    for who, part, _ in parts:
         if type(part).__name__ in ("DistBackendError", "DistNetworkError", "TimeoutError") or _is_connection(part):
             return f"{who} lost the connection to the others: {_first_line(part)}"
     return None
@@ -46,17 +47,17 @@ _NOT_STARTED = ("WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError
 _CONNECTION = ("connection closed by peer", "connection reset by peer", "connection refused", "timed out waiting")
 
 
-def _parts(error: BaseException) -> Iterator[tuple[str, BaseException]]:
-    """(who, exception) of everything that an error stands for."""
+def _parts(error: BaseException) -> Iterator[tuple[str, BaseException, bool]]:
+    """(who, exception, whether it is who died and not whom it asked) of everything that an error stands for."""
     import ray.train
 
     if isinstance(error, ray.train.WorkerGroupError):
         for rank, failure in sorted(error.worker_failures.items()):
-            yield f"worker {rank}", _inner(failure)
+            yield f"worker {rank}", _inner(failure), hasattr(failure, "health_check_failure")
     elif isinstance(error, ray.train.ControllerError):
-        yield "Ray Train's controller", _inner(error.controller_failure)
+        yield "Ray Train's controller", _inner(error.controller_failure), False
     else:
-        yield "Ray Train's controller", error
+        yield "Ray Train's controller", error, True
 
 
 def _inner(failure: Any) -> BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,8 @@ class Work:
     resources: Resources
     segments_at_once: int
     """Most segments of one execution of the pipeline: Ray Data lists all its tasks up front."""
+    deepspeed: dict[str, Any]
+    """What the user's DeepSpeed JSON says."""
 
     def segments(self, start: Position) -> int:
         """How many segments to make from `start` on, in one execution of the pipeline.
@@ -87,12 +90,15 @@ def ray_trainer(work: Work, monitor: Any) -> Any:
             "dealers": _dealers(work),
             "chat_template": getattr(work.encoder, "template", None),
             "device": resources.device,
+            "deepspeed": work.deepspeed,
             "sets": [data_set.name for data_set in work.plan.sets],
             "eval_sets": [data_set.name for data_set in work.eval_plan.sets] if work.eval_plan else [],
             "model_dir": str(run.model),
             "checkpoints": str(run.checkpoints),
         },
-        torch_config=TorchConfig(backend="gloo" if resources.device == "cpu" else "nccl"),
+        torch_config=TorchConfig(
+            backend="gloo" if resources.device == "cpu" else "nccl", timeout_s=math.ceil(job.train.collective_timeout)
+        ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=job.train.workers,
             use_gpu=resources.device == "gpu",

@@ -30,6 +30,8 @@ class StreamMeter:
     """Tokens that a loss was computed on."""
     epochs_done: float = 0.0
     """Epochs of the stream that are done; 1.25 is a quarter into the second."""
+    skipped_steps: int = 0
+    """Steps whose gradients were no numbers and that were not made."""
 
     @classmethod
     def start(cls, sets: int) -> StreamMeter:

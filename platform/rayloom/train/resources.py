@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from rayloom.errors import RequestError
 from rayloom.train.config import TrainConfig
 
+_TRY_SECONDS = 5.0
 _PROBE_SECONDS = 2.0
 
 
@@ -49,56 +51,49 @@ def plan_resources(train: TrainConfig) -> Resources:
     return Resources(device, per_worker, 0.0, 1, threads)
 
 
-def require_resources(train: TrainConfig, resources: Resources, *, wait: bool) -> None:
-    """Wait until the workers' placement group can be made, at most `train.wait_for_resources` seconds.
-
-    Args:
-        wait: whether the cluster may grow; else what it has not got at all is refused at once.
-
-    Raises:
-        RequestError: saying what was asked for, what there is and what is free.
-    """
-    bundles = [resources.per_worker] * train.workers
-    if not wait and not _fits(bundles[0], train.workers):
-        raise RequestError(_shortage(train, resources, "the cluster has not got that"))
-    group = placement_group(bundles, strategy="PACK")
-    try:
-        if not group.wait(train.wait_for_resources):
-            waited = f"not free after {train.wait_for_resources:g} s (train.wait_for_resources)"
-            raise RequestError(_shortage(train, resources, waited))
-    finally:
-        remove_placement_group(group)
-
-
 def settle_workers(train: TrainConfig, *, wait: bool) -> tuple[TrainConfig, Resources]:
-    """With how many workers to train now, and on what: the most that the cluster has room for, if it were free.
+    """With how many workers to train now, and on what: the most whose placement group can be made, asked for again and
+    again for at most `train.wait_for_resources` seconds. A machine that died is counted among the living for a while.
 
     Args:
         train: as the job file has it, with the most and the fewest workers.
         wait: whether the cluster may grow; else what it has not got at all is refused at once.
 
     Raises:
-        RequestError: not even the fewest workers find room within `train.wait_for_resources` seconds.
+        RequestError: saying what was asked for, what there is and what is free.
     """
     bundle = plan_resources(train).per_worker
-    workers = next((n for n in train.possible_workers if _fits(bundle, n)), train.possible_workers[-1])
-    settled = train.with_workers(workers)
-    resources = plan_resources(settled)
-    require_resources(settled, resources, wait=wait)
-    return settled, resources
+    fewest = train.with_workers(train.possible_workers[-1])
+    if not wait and not _fits(bundle, fewest.workers):
+        raise RequestError(_shortage(fewest, bundle, "the cluster has not got that"))
+    deadline = time.monotonic() + train.wait_for_resources
+    while True:
+        for workers in [n for n in train.possible_workers if _fits(bundle, n)] or [fewest.workers]:
+            left = max(0.0, deadline - time.monotonic())
+            if _can_place([bundle] * workers, left if fewest.workers == train.workers else min(_TRY_SECONDS, left)):
+                settled = train.with_workers(workers)
+                return settled, plan_resources(settled)
+        if time.monotonic() >= deadline:
+            waited = f"not free after {train.wait_for_resources:g} s (train.wait_for_resources)"
+            raise RequestError(_shortage(fewest, bundle, waited))
 
 
 def room_for_more(train: TrainConfig, workers: int, resources: Resources) -> int:
     """The largest number of workers for which, besides the present ones, there is free room; 0: there is none."""
     for number in train.possible_workers:
-        if number > workers and _fits(resources.per_worker, number):
-            group = placement_group([resources.per_worker] * (number - workers), strategy="PACK")
-            try:
-                if group.wait(_PROBE_SECONDS):
-                    return number
-            finally:
-                remove_placement_group(group)
+        is_more = number > workers and _fits(resources.per_worker, number)
+        if is_more and _can_place([resources.per_worker] * (number - workers), _PROBE_SECONDS):
+            return number
     return 0
+
+
+def _can_place(bundles: list[dict[str, float]], seconds: float) -> bool:
+    """Whether there is free room for all of them at once, within some seconds."""
+    group = placement_group(bundles, strategy="PACK")
+    try:
+        return bool(group.wait(seconds))
+    finally:
+        remove_placement_group(group)
 
 
 def describe(amounts: dict[str, float]) -> str:
@@ -106,11 +101,11 @@ def describe(amounts: dict[str, float]) -> str:
     return ", ".join(f"{amounts.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
 
 
-def _shortage(train: TrainConfig, resources: Resources, reason: str) -> str:
+def _shortage(train: TrainConfig, bundle: dict[str, float], reason: str) -> str:
     nodes = Counter(describe(node["Resources"]) for node in ray.nodes() if node["Alive"])
     listed = "; ".join(f"{count} node{'s' * (count > 1)} with {text}" for text, count in nodes.items())
     return (
-        f"train.workers: the job asks for {train.workers} workers with {describe(resources.per_worker)} each; "
+        f"train.workers: the job asks for {train.workers} workers with {describe(bundle)} each; "
         f"{reason}. "
         f"The cluster is {listed}; free now: {describe(ray.available_resources())}. "
         "Ask for fewer workers, or set train.cpus_per_worker lower"

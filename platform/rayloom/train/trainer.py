@@ -32,8 +32,10 @@ from rayloom.methods.save import load_trained, save_trained
 from rayloom.train.batch import Batch, TrainedPositions, make_batch
 from rayloom.train.best import BestRule
 from rayloom.train.checkpoints import CheckpointWriter, checkpoint_name
+from rayloom.train.clock import StepClock
 from rayloom.train.config import TrainConfig
 from rayloom.train.evaluate import evaluate
+from rayloom.train.guard import GradientGuard
 from rayloom.train.meter import BatchCount, StepCount, StreamMeter
 from rayloom.train.monitor import answer
 from rayloom.train.schedule import ProgressSchedule, learning_rate_factor
@@ -87,8 +89,9 @@ class StreamTrainer(transformers.Trainer):
         self._eval_names = eval_names
         self._trained_positions = TrainedPositions(kw["model"], skip=virtual_tokens(kw["model"]))
         self._saved_step = -1
-        self._log_clock: tuple[float, int] | None = None  # (time, tokens) of the row before; set by the first batch
-        self._waited = 0.0  # seconds of waiting for data since then
+        self._log_clock: tuple[float, int, int] | None = None  # time, tokens and step of the row before
+        self._clock = StepClock()
+        self.add_callback(self._clock)
         self._taken: list[tuple[int, int]] = []  # set and row of this rank's examples in the step
         self._grad_norm: tuple[int, float | None] = (0, None)  # the step that was logged last, and its gradient's norm
         self._evaluated: tuple[int, dict[str, float]] | None = None  # the last evaluation's step and metrics
@@ -98,6 +101,8 @@ class StreamTrainer(transformers.Trainer):
             if settings.best_metric and settings.eval_steps
             else None
         )
+        if not self.is_deepspeed_enabled:
+            self.add_callback(GradientGuard(self._take_bad_gradients))
         self.stopped = False  # because it was told to
         self.stopped_early = False  # because evaluations got no better
 
@@ -114,9 +119,8 @@ class StreamTrainer(transformers.Trainer):
         before = self._progress()
         while True:
             count = BatchCount(len(self.meter.examples))
-            asked = time.perf_counter()
-            tables = list(itertools.islice(epoch_iterator, 0 if stop else num_batches))
-            self._waited += time.perf_counter() - asked
+            with self._clock.part("data"):
+                tables = list(itertools.islice(epoch_iterator, 0 if stop else num_batches))
             for table in tables:
                 count.add(table)
             step = count.share(device, stop)
@@ -125,8 +129,8 @@ class StreamTrainer(transformers.Trainer):
                 self._end()
                 return [], None
             if self._log_clock is None:
-                self._waited = 0.0
-                self._log_clock = (time.perf_counter(), self.meter.tokens)
+                self._clock.read(1)
+                self._log_clock = (time.perf_counter(), self.meter.tokens, self.state.global_step)
             step.add_to(self.meter)
             self._taken = list(count.names)
             if self._manifest:
@@ -169,12 +173,22 @@ class StreamTrainer(transformers.Trainer):
         self.control.should_log = True
         self.control.should_save = self.state.global_step > max(0, self._saved_step)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with self._clock.part("backward"):  # but for the forward pass in it
+            return super().training_step(*args, **kwargs)
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The stage's loss at the trained positions, or the model's own."""
-        loss: Any = self._loss(model, inputs, *args, **kwargs)
-        if not torch.isfinite(loss.detach()):
-            raise JobError(self._not_finite(float(loss)))
+        with self._clock.part("forward"):
+            loss: Any = self._loss(model, inputs, *args, **kwargs)
+        if self._settings.on_bad_step == "stop" and not torch.isfinite(loss.detach()):
+            raise JobError(self._not_finite(f"the loss is {float(loss)}"))
         return loss
+
+    def _take_bad_gradients(self) -> None:
+        if self._settings.on_bad_step == "stop":
+            raise JobError(self._not_finite("the loss is a number, but its gradient is not"))
+        self.meter.skipped_steps += 1
 
     def _loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         self._trained_positions.choose(inputs.pop("positions"))
@@ -182,14 +196,14 @@ class StreamTrainer(transformers.Trainer):
             del inputs["shift_labels"]  # without labels the model computes no loss of its own
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def _not_finite(self, loss: float) -> str:
-        """Why the job ends before such a loss has spoilt the weights, and where to look."""
+    def _not_finite(self, what: str) -> str:
+        """Why the job ends before such a step has spoilt the weights, and where to look."""
         rows = [f"{self._set_names[number]} {row_name(row)}" for number, row in self._taken]
         step, norm = self._grad_norm
         before = f"the gradient's norm was {norm:.3g} at step {step}" if norm is not None else "no step was logged yet"
         more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
         return (
-            f"step {self.state.global_step + 1}: the loss is {loss} on rank {self.args.process_index}, and no step was "
+            f"step {self.state.global_step + 1}: {what} on rank {self.args.process_index}, and no step was "
             f"made with it; {before}. The rows of this rank's batch (chunk:row): {', '.join(rows[:_NAMED])}{more}. "
             "Lower train.learning_rate, compute in bf16 or fp32, or look at these rows"
         )
@@ -212,8 +226,8 @@ class StreamTrainer(transformers.Trainer):
         if self.is_world_process_zero():
             answer(self._monitor.post.remote({"kind": "metrics", "row": row}), "rank 0")
         if self._log_clock is not None:  # the time is not the training's
-            then, tokens = self._log_clock
-            self._log_clock = (then + time.perf_counter() - started, tokens)
+            then, tokens, step = self._log_clock
+            self._log_clock = (then + time.perf_counter() - started, tokens, step)
         self._evaluated = (self.state.global_step, metrics)
         if self._best is not None:
             self._compare(self._best, metrics)
@@ -305,8 +319,10 @@ class StreamTrainer(transformers.Trainer):
         if "loss" not in logs:  # transformers' closing summary; `result.json` says it better
             return
         assert self._log_clock is not None
-        now, (then, tokens) = time.perf_counter(), self._log_clock
-        self._log_clock = (now, self.meter.tokens)
+        now, (then, tokens, step) = time.perf_counter(), self._log_clock
+        self._log_clock = (now, self.meter.tokens, self.state.global_step)
+        steps = self.state.global_step - step
+        seconds = self._clock.read(steps)
         row: dict[str, Any] = {
             "step": self.state.global_step,
             "epoch": self.meter.epochs_done,
@@ -316,14 +332,14 @@ class StreamTrainer(transformers.Trainer):
             # A layer-wise optimizer takes each gradient as it comes and leaves none to measure.
             "grad_norm": None if self._optimizer_config.type.endswith("layerwise") else logs.get("grad_norm"),
             "tokens_per_second": (self.meter.tokens - tokens) / (now - then),
-            "data_wait": self._waited / (now - then),
+            "data_wait": seconds["data"] * steps / (now - then),
+            "step_seconds": seconds,
             "tokens": self.meter.tokens,
             "examples_seen": sum(self.meter.examples),
             "examples": dict(zip(self._set_names, self.meter.examples, strict=True)),
             "position": self.meter.position.as_dict(),
             **self._stage_metrics(),
         }
-        self._waited = 0.0
         self._grad_norm = (self.state.global_step, row["grad_norm"])
         if self.is_world_process_zero():
             answer(self._monitor.post.remote({"kind": "metrics", "row": row}), "rank 0")
@@ -348,7 +364,8 @@ class StreamTrainer(transformers.Trainer):
         if self.state.global_step == self._saved_step:
             return
         try:
-            super()._save_checkpoint(model, trial)
+            with self._clock.part("checkpoint"):
+                super()._save_checkpoint(model, trial)
         except OSError as error:
             raise JobError(
                 f"the checkpoint of step {self.state.global_step} cannot be written to {self.args.output_dir}, from "
@@ -364,7 +381,8 @@ class StreamTrainer(transformers.Trainer):
         score = None
         if self._best is not None and self._evaluated is not None and self._evaluated[0] == self.state.global_step:
             score = self._best.score(self._evaluated[1][self._best.metric])
-        self._writer.write(folder, self.state.global_step, score=score, is_first_rank=self.is_world_process_zero())
+        with self._clock.part("checkpoint"):
+            self._writer.write(folder, self.state.global_step, score=score, is_first_rank=self.is_world_process_zero())
         self._saved_step = self.state.global_step
 
     def finish_saving(self) -> None:

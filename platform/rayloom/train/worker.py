@@ -127,7 +127,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rayloom-worker-")))
         # The arguments come before the model: under ZeRO-3 they make `from_pretrained` load it in shards.
-        arguments = _arguments(job, device, precision, scratch)
+        arguments = _arguments(job, device, precision, scratch, config["deepspeed"])
         tokenizer = load_tokenizer(TokenizerSource.of(job.model))
         if config["chat_template"] and (job.data.template != "auto" or not tokenizer.chat_template):
             tokenizer.chat_template = config["chat_template"]  # saved with the model, which answers in no other
@@ -200,6 +200,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
         "status": "stopped" if trainer.stopped else "finished",
         "stopped_early": trainer.stopped_early,
         "best": trainer.best,
+        "skipped_steps": meter.skipped_steps,
         "steps": trainer.state.global_step,
         "tokens": meter.tokens,
         "trained_tokens": meter.trained_tokens,
@@ -214,7 +215,9 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def _arguments(job: JobConfig, device: str, precision: Precision, scratch: Path) -> transformers.TrainingArguments:
+def _arguments(
+    job: JobConfig, device: str, precision: Precision, scratch: Path, deepspeed: dict[str, Any]
+) -> transformers.TrainingArguments:
     train = job.train
     return transformers.TrainingArguments(
         output_dir=str(scratch),
@@ -231,9 +234,9 @@ def _arguments(job: JobConfig, device: str, precision: Precision, scratch: Path)
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         use_cpu=device == "cpu",
-        deepspeed=deepspeed_config(train, precision),
+        deepspeed=deepspeed_config(train, precision, deepspeed),
         logging_steps=train.logging_steps,
-        logging_nan_inf_filter=False,  # a loss that is not a number must be seen
+        logging_nan_inf_filter=train.on_bad_step == "skip",  # else a loss that is not a number must be seen
         save_strategy="steps",
         save_steps=train.save_steps,
         ignore_data_skip=True,  # the stream starts at the position; there is nothing to skip

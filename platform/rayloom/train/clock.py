@@ -1,0 +1,61 @@
+"""Where the time of the steps goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import transformers
+
+PARTS = ("data", "forward", "backward", "optimizer", "checkpoint")
+
+
+class StepClock(transformers.TrainerCallback):
+    """Seconds of this process, by part of the step, since the last `read`.
+
+    On a GPU the host runs ahead of the device, so a part there is how long the host waited in it. DeepSpeed makes its
+    step within `backward`.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._open: list[tuple[str, float]] = []
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count what runs inside to a part, and not to the part around it."""
+        self._begin(name)
+        try:
+            yield
+        finally:
+            self._end()
+
+    def _begin(self, name: str) -> None:
+        self._pause()
+        self._open.append((name, time.perf_counter()))
+
+    def _end(self) -> None:
+        self._pause()
+        self._open.pop()
+        if self._open:
+            self._open[-1] = (self._open[-1][0], time.perf_counter())
+
+    def _pause(self) -> None:
+        if self._open:
+            name, since = self._open[-1]
+            self._seconds[name] += time.perf_counter() - since
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._begin("optimizer")
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._open and self._open[-1][0] == "optimizer":  # DeepSpeed may say the one and not the other
+            self._end()
+
+    def read(self, steps: int) -> dict[str, float]:
+        """Seconds of each part for one of `steps` steps; begins anew."""
+        means = {name: seconds / max(1, steps) for name, seconds in self._seconds.items()}
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        return means

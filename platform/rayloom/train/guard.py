@@ -1,0 +1,38 @@
+"""Steps that would spoil the weights: a loss or a gradient that is no number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+
+
+class GradientGuard(transformers.TrainerCallback):
+    """Looks at the gradients of every step before the optimizer uses them.
+
+    All ranks see the same: gradients have been averaged by then. Not for DeepSpeed, which makes its steps itself.
+
+    Args:
+        on_bad: called where some are no numbers; unless it raises, no step is made with them.
+    """
+
+    def __init__(self, on_bad: Callable[[], None]) -> None:
+        self._on_bad = on_bad
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        optimizer = kwargs["optimizer"]
+        gradients = [
+            weight.grad for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None
+        ]
+        if not gradients or all_finite(gradients):
+            return
+        self._on_bad()
+        optimizer.zero_grad(set_to_none=True)  # without a gradient a weight is left as it is, its decay too
+
+
+def all_finite(tensors: list[torch.Tensor]) -> bool:
+    """Whether every element of every tensor is a number. One that is not makes the norm nan or infinite."""
+    norms = torch._foreach_norm(tensors, float("inf"))
+    return bool(torch.stack([norm.float() for norm in norms]).isfinite().all())

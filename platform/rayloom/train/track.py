@@ -1,0 +1,202 @@
+"""Where else the rows of metrics go: TensorBoard, Weights & Biases, MLflow, and Ray's own metrics.
+
+The driver alone holds the trackers. Each takes flat numbers by name, the same that `metrics.jsonl` has; one that fails
+is dropped with a word, and the job goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from rayloom.config.job import JobConfig
+from rayloom.errors import RequestError, first_line
+
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
+"""What each tracker of `train.track` needs."""
+
+
+class Tracker(Protocol):
+    """Takes rows until it is closed."""
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def check_trackers(job: JobConfig) -> None:
+    """Refuse a tracker whose package is not installed.
+
+    Raises:
+        RequestError: naming the package.
+    """
+    faults = [
+        f"train.track: {name} needs the package {PACKAGES[name]}; pip install 'rayloom[{name}]'"
+        for name in job.train.track
+        if find_spec(PACKAGES[name]) is None
+    ]
+    if faults:
+        raise RequestError(*faults)
+
+
+def flat(row: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a row of metrics by name, `examples/SET` for a mapping; the position is no measure."""
+    numbers: dict[str, float] = {}
+    for name, value in row.items():
+        if name in ("step", "position"):
+            continue
+        parts = {f"{name}/{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
+        numbers |= {key: float(part) for key, part in parts.items() if isinstance(part, int | float)}
+    return numbers
+
+
+class Trackers:
+    """All of a job's trackers at once.
+
+    Args:
+        say: for a line about one that is dropped.
+    """
+
+    def __init__(self, job: JobConfig, folder: Path, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._open: dict[str, Tracker] = {}
+        makers: dict[str, Callable[[JobConfig, Path], Tracker]] = {"ray metrics": RayMetrics}
+        makers |= {name: _MAKERS[name] for name in job.train.track}
+        for name, make in makers.items():
+            try:
+                self._open[name] = make(job, folder)
+            except Exception as error:  # the tracker's code and its server may raise anything
+                self._drop(name, error)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        numbers = flat(row)
+        for name, tracker in list(self._open.items()):
+            try:
+                tracker.log(int(row["step"]), numbers)
+            except Exception as error:
+                self._drop(name, error)
+
+    def close(self) -> None:
+        for name, tracker in list(self._open.items()):
+            try:
+                tracker.close()
+            except Exception as error:
+                self._drop(name, error)
+
+    def _drop(self, name: str, error: Exception) -> None:
+        self._open.pop(name, None)
+        self._say(f"{name} gets no more metrics: {type(error).__name__}: {first_line(error)}")
+
+
+class RayMetrics:
+    """Gauges `rayloom_<name>` of Ray, which its nodes export to Prometheus; tags: `job`, and `of` for parts of one."""
+
+    def __init__(self, job: JobConfig, folder: Path) -> None:
+        from ray.util.metrics import Gauge
+
+        self._gauge = Gauge
+        self._job = job.name
+        self._made: dict[str, Any] = {}
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        for name, value in {"step": float(step), **numbers}.items():
+            measure, _, part = name.partition("/")
+            metric = "rayloom_" + re.sub(r"[^a-zA-Z0-9_]", "_", measure)
+            if metric not in self._made:
+                self._made[metric] = self._gauge(metric, description=f"{measure} of a job", tag_keys=("job", "of"))
+            self._made[metric].set(value, tags={"job": self._job, "of": part})
+
+    def close(self) -> None:
+        """Ray ends them with the driver."""
+
+
+class TensorBoard:
+    """Event files in `tensorboard/` of the run directory."""
+
+    def __init__(self, job: JobConfig, folder: Path) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of wandb, which reads WANDB_MODE, WANDB_PROJECT and the like from the environment. A resumed job goes on in
+    its run."""
+
+    def __init__(self, job: JobConfig, folder: Path) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "rayloom"),
+            name=job.name,
+            id=hashlib.sha256(str(folder).encode()).hexdigest()[:16],
+            resume="allow",
+            dir=str(folder),
+            config=job.model_dump(mode="json"),
+            settings=wandb.Settings(console="off"),
+        )
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        self._run.log({**numbers, "step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MLflow:
+    """A run of MLflow, at MLFLOW_TRACKING_URI, or else in `mlflow.db` beside the run directory. A resumed job goes on
+    in its run."""
+
+    def __init__(self, job: JobConfig, folder: Path) -> None:
+        import mlflow
+
+        place = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.parent / 'mlflow.db'}"
+        self._client = mlflow.MlflowClient(tracking_uri=place)
+        experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", "rayloom")
+        found = self._client.get_experiment_by_name(experiment)
+        number = found.experiment_id if found else self._client.create_experiment(experiment)
+        kept = folder / "mlflow_run"
+        if kept.exists():
+            self._run = kept.read_text().strip()
+        else:
+            self._run = self._client.create_run(number, run_name=job.name).info.run_id
+            kept.write_text(self._run + "\n")
+            for key, value in _parameters(job.model_dump(mode="json")).items():
+                self._client.log_param(self._run, key, value)
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        for name, value in numbers.items():
+            self._client.log_metric(self._run, name, value, step=step)
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run)
+
+
+_MAKERS: dict[str, Callable[[JobConfig, Path], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+    "mlflow": MLflow,
+}
+
+
+def _parameters(job: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """A job's keys as `train.batch_size`, with what they say."""
+    found: dict[str, str] = {}
+    for name, value in job.items():
+        if isinstance(value, dict):
+            found |= _parameters(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = str(value)[:500]
+    return found
