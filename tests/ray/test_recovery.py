@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,42 @@ def test_a_process_dies(
     assert EARLIEST <= event["from_step"] < STEPS
     assert event["seconds"] < 60
     same_run(undisturbed, config)
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs(
+    head: LocalHead, undisturbed: JobConfig, tiny_model: Path, sets: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """The other one waits for it no longer than it is told to, and the job goes on without it."""
+    stopped: list[psutil.Process] = []
+
+    def stop() -> None:
+        stopped.append(processes(head, "RayTrainWorker")[0])
+        stopped[0].suspend()
+
+    two = {"workers": 2, "batch_size": 4, "collective_timeout": 10}
+    config = long_job(tiny_model, tmp_path, sets, "hung", **two)
+    try:
+        with at_step(config, KILL_AT, stop):
+            result, _ = run(config)
+    finally:
+        for process in stopped:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+    (event,) = result["breaks"]
+    assert "lost the connection to the others" in event["what"]
+    assert event["seconds"] < 60
+    losses = [[row["loss"] for row in metrics(one)] for one in (undisturbed, config)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_steps_that_are_skipped(tiny_model: Path, sets: list[dict[str, Any]], tmp_path: Path) -> None:
+    """A rate at which weights run out of numbers: the job ends all the same, and says how many steps were not made."""
+    broken = {"learning_rate": 1e30, "max_grad_norm": None, "max_steps": 6, "warmup": 0.0, "on_bad_step": "skip"}
+    result, _ = run(long_job(tiny_model, tmp_path, sets, "skipped", **broken))
+    assert (result["status"], result["steps"]) == ("finished", 6)
+    assert 4 <= result["skipped_steps"] <= 5
 
 
 @pytest.mark.slow
