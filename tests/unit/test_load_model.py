@@ -217,6 +217,7 @@ def test_families_that_name_or_cut_their_tensors_otherwise(tmp_path):
             64,
             "model.attention: flash_attention_2 needs a GPU, and the job runs on CPU",
         ),
+        ({"attention": "flex"}, 64, "model.attention: flex needs a GPU, and the job runs on CPU; use sdpa, or auto"),
         ({"kernels": "liger"}, 64, "model.kernels: liger: its kernels run on a GPU, and the job runs on CPU"),
         ({"kernels": "unsloth"}, 64, "model.kernels: unsloth: its kernels run on a GPU, and the job runs on CPU"),
         ({"moe_aux_loss": 0.1}, 64, "model.moe_aux_loss: a model of type llama has no experts; leave it out"),

@@ -19,7 +19,7 @@ from rayloom.models.check import check_model
 from rayloom.models.config import ModelConfig
 from rayloom.models.load import load_causal_lm
 from rayloom.models.precision import cast_trained
-from rayloom.models.quantization import Quantized, quantized_as
+from rayloom.models.quantization import Quantized, leave_out_of_broadcast, quantized_as
 
 IDS = torch.arange(40).view(2, 20)
 
@@ -235,3 +235,17 @@ def test_an_mxfp4_checkpoint_becomes_ordinary_weights(tmp_path):
         torch.testing.assert_close(model.state_dict()[name], weight)
     model(input_ids=torch.arange(6).view(1, 6), labels=torch.arange(6).view(1, 6)).loss.backward()
     assert all(parameter.grad is not None for name, parameter in model.named_parameters() if name in wanted)
+
+
+def test_weights_of_a_class_of_their_own_are_not_sent():
+    """DDP reads the names from the model that it wraps; what trains it must send."""
+
+    class Own(torch.Tensor):
+        pass
+
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    leave_out_of_broadcast(model)
+    assert not hasattr(model, "_ddp_params_and_buffers_to_ignore")
+    model[1].weight = torch.nn.Parameter(torch.zeros(2, 2).as_subclass(Own), requires_grad=False)
+    leave_out_of_broadcast(model)
+    assert model._ddp_params_and_buffers_to_ignore == ["1.weight"]

@@ -14,8 +14,8 @@ def attention_implementation(model: ModelConfig) -> str | None:
     return {"auto": None, "flex": "flex_attention"}.get(model.attention, model.attention)
 
 
-def check_flash_attention(device: str | None) -> None:
-    """Refuse flash attention where it cannot run.
+def check_attention(model: ModelConfig, device: str | None) -> None:
+    """Refuse an attention that cannot train here: PyTorch's flex attention has no backward pass on CPU.
 
     Args:
         device: "cpu" or "gpu"; None: not known yet.
@@ -23,9 +23,13 @@ def check_flash_attention(device: str | None) -> None:
     Raises:
         RequestError: no GPU, or the package is not installed.
     """
+    if model.attention not in ("flash_attention_2", "flex"):
+        return
     if device == "cpu":
-        raise RequestError("model.attention: flash_attention_2 needs a GPU, and the job runs on CPU; use sdpa, or auto")
-    if find_spec("flash_attn") is None:
+        raise RequestError(
+            f"model.attention: {model.attention} needs a GPU, and the job runs on CPU; use sdpa, or auto"
+        )
+    if model.attention == "flash_attention_2" and find_spec("flash_attn") is None:
         raise RequestError("model.attention: flash_attention_2: the Python package flash-attn is not installed")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rayloom.errors import RequestError
 from rayloom.models.architecture import Architecture, read_architecture
-from rayloom.models.attention import check_flash_attention, group_size
+from rayloom.models.attention import check_attention, group_size
 from rayloom.models.config import ModelConfig
 from rayloom.models.experts import check_router_loss
 from rayloom.models.kernels import check_kernels
@@ -43,6 +43,5 @@ def check_model(
             )
     if model.moe_aux_loss is not None:
         check_router_loss(architecture)
-    if model.attention == "flash_attention_2":
-        check_flash_attention(device)
+    check_attention(model, device)
     return architecture, quantized

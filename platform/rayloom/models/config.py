@@ -66,8 +66,8 @@ class ModelConfig(ConfigPart):
     train_from_scratch: bool = False
     """Random weights of the model's shape instead of its own (seed: `train.seed`)."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex"] = "auto"
-    """Attention kernel. `auto`: what transformers takes for the model, mostly sdpa. flash_attention_2 needs a GPU and
-    the package flash-attn."""
+    """Attention kernel. `auto`: what transformers takes for the model, mostly sdpa. flash_attention_2 and flex need a
+    GPU, the first also the package flash-attn."""
     shifted_attention: bool = False
     """S²-attention of LongLoRA (https://arxiv.org/abs/2309.12307) while training: a token attends within its group of a
     quarter of `data.cutoff`, and half of the heads see groups shifted by half a group. Evaluation sees the whole

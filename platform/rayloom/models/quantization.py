@@ -176,6 +176,19 @@ def settle(model: Any, settings: ModelConfig, quantized: Quantized, dtype: torch
                 module.support_avx512bf16_for_cpu = False
 
 
+def leave_out_of_broadcast(model: Any) -> None:
+    """DDP sends every weight of the first rank to the others when it wraps a model. Quantized weights of tensor classes
+    of their own (torchao's) cannot be sent; every rank has read the same ones from the checkpoint."""
+    import torch
+
+    plain = (torch.Tensor, torch.nn.Parameter)
+    own = [
+        name for name, weight in model.named_parameters() if type(weight.data) not in plain and not weight.requires_grad
+    ]
+    if own:
+        model._ddp_params_and_buffers_to_ignore = own  # where DDP looks
+
+
 def _quantize_with_hqq(model: Any, settings: QuantizationConfig, dtype: torch.dtype) -> None:
     """Quantize every linear layer of a loaded model but the output head with hqq (https://mobiusml.github.io/hqq_blog/).
 

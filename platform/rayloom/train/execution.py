@@ -1,6 +1,8 @@
 """A job at work: Ray Train in a thread; the main thread listens, writes, hands signals on, and goes on after faults.
 
-fit -> a fault, or a node that will be taken away -> the workers that fit now -> fit, from the last checkpoint
+    fit -> a fault, or a node that will be taken away -> the workers that fit now -> fit, from the last checkpoint
+
+What is a fault, and what would only happen again, is in `rayloom.train.faults`.
 """
 
 from __future__ import annotations

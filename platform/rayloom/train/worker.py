@@ -29,6 +29,7 @@ from rayloom.methods.parameters import count_parameters, size_of
 from rayloom.methods.save import finish_saved, keep_start
 from rayloom.models.load import load_causal_lm
 from rayloom.models.precision import Precision, cast_trained, choose_precision, computes_bf16, computing_dtype
+from rayloom.models.quantization import leave_out_of_broadcast
 from rayloom.models.tokenizer import TokenizerSource, load_tokenizer, pad_token
 from rayloom.models.value_head import attach_value_head
 from rayloom.models.vocabulary import added_token_ids
@@ -145,6 +146,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
             cast_trained(model, precision)
         if job.stage.type == "reward":
             attach_value_head(model)
+        leave_out_of_broadcast(model)
         parameters = count_parameters(model)
         start = scratch / "start"
         say(*parameters.lines())
