@@ -474,7 +474,10 @@ def test_stopped_and_resumed_equals_uninterrupted(
 
     resumed, rows_after = run(cut.model_copy(update={"resume": True}))
     assert rows_after[: len(rows)] == [
-        {**row, **{name: after[name] for name in ("tokens_per_second", "data_wait")}}  # what the clock says
+        {
+            **row,
+            **{name: after[name] for name in ("tokens_per_second", "data_wait", "step_seconds")},
+        }  # what the clock says
         for row, after in zip(rows, rows_after, strict=True)
     ]
     assert (resumed["examples"], resumed["tokens"]) == (result["examples"], result["tokens"])

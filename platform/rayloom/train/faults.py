@@ -44,7 +44,13 @@ _BROKEN = (
     ray.exceptions.ObjectLostError,
 )
 _NOT_STARTED = ("WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError")
-_CONNECTION = ("connection closed by peer", "connection reset by peer", "connection refused", "timed out waiting")
+_CONNECTION = (
+    "application timeout caused pair closure",
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection refused",
+    "timed out waiting",
+)
 
 
 def _parts(error: BaseException) -> Iterator[tuple[str, BaseException, bool]]:
