@@ -42,9 +42,12 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [{"path": str(path), "ranking": True}]
 
 
-def pairs_job(model: Path, folder: Path, sets: list[dict[str, Any]], stage: dict[str, Any], **train: Any) -> JobConfig:
+def pairs_job(
+    model: Path, folder: Path, sets: list[dict[str, Any]], stage: dict[str, Any], method: str = "lora", **train: Any
+) -> JobConfig:
     part = {"max_steps": STEPS, "batch_size": BATCH, **train}
-    return job(model, folder, sets, data={"held_out": 0.2}, stage={"type": "dpo", **stage}, train=part)
+    stage = {"type": "dpo", **stage}
+    return job(model, folder, sets, data={"held_out": 0.2}, stage=stage, method={"type": method}, train=part)
 
 
 def ls(x: torch.Tensor) -> torch.Tensor:
@@ -59,6 +62,7 @@ LOSSES: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
         lambda w, v, a, c, m, n: -0.8 * ls(0.1 * (w - a - v + c)) - 0.2 * ls(-0.1 * (w - a - v + c)) - 0.5 * w / m,
     ),
     "ipo": ({"loss": "ipo"}, lambda w, v, a, c, m, n: ((w - a) / m - (v - c) / n - 5) ** 2),
+    "full": ({"reference": "copy"}, lambda w, v, a, c, m, n: -ls(0.1 * (w - a - v + c))),
     "simpo": ({"loss": "simpo", "beta": 2.0}, lambda w, v, a, c, m, n: -ls(2 * (w / m - v / n) - 0.5)),
 }
 
@@ -113,13 +117,15 @@ def plain_losses(config: JobConfig, tiny_model: Path, of_pair: Callable[..., Any
         pytest.param("ipo", {"batch_size": 2, "workers": 2, "deepspeed": "zero2"}, marks=pytest.mark.slow),
         pytest.param("sigmoid", {"batch_size": 2, "workers": 2, "deepspeed": "zero3"}, marks=pytest.mark.slow),
         pytest.param("simpo", {"activation_checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param("full", {"batch_size": 2, "workers": 2}, marks=pytest.mark.slow),
+        pytest.param("full", {"batch_size": 2, "workers": 2, "deepspeed": "zero2"}, marks=pytest.mark.slow),
     ],
 )
 def test_losses_equal_a_loop(
     name: str, train: dict[str, Any], tiny_model: Path, sets: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     stage, of_pair = LOSSES[name]
-    config = pairs_job(tiny_model, tmp_path, sets, stage, **train)
+    config = pairs_job(tiny_model, tmp_path, sets, stage, "full" if name == "full" else "lora", **train)
     result, rows = run(config)
     trained = [row for row in rows if "loss" in row]
     losses, accuracies = plain_losses(config, tiny_model, of_pair)

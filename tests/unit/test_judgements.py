@@ -107,7 +107,9 @@ def job(**parts: Any) -> JobConfig:
 
 
 def test_bad_input():
-    with pytest.raises(RequestError, match=r"stage.type: kto compares with the model with its adapter off; use method"):
+    with pytest.raises(
+        RequestError, match=r"stage.type: kto compares with the model with its adapter off, and there is none; say"
+    ):
         check_stage(job(stage={"type": "kto"}, method={"type": "full"}))
     with pytest.raises(RequestError, match=r"head_learning_rate: optimizer badam has one rate for all; leave it out"):
         check_stage(job(stage={"type": "reward", "head_learning_rate": 1e-3}, optimizer={"type": "badam"},

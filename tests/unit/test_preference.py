@@ -151,10 +151,14 @@ def job(**parts: Any) -> JobConfig:
         (
             {},
             {"type": "full"},
-            "stage.loss: sigmoid compares with the model with its adapter off; use method.type: lora",
+            "stage.loss: sigmoid compares with the model with its adapter off, and there is none; say stage.reference",
         ),
-        ({"loss": "ipo"}, {"init": "pissa"}, "takes a part; leave it out, or take a loss without a reference"),
-        ({}, {"adapters": ["x"]}, "say method.new_adapter: true"),
+        (
+            {"loss": "ipo"},
+            {"init": "pissa"},
+            "takes a part; say stage.reference: copy, a second copy of the weights, or take",
+        ),
+        ({}, {"adapters": ["x"]}, "unless method.new_adapter is true"),
         ({"loss": {"orpo": 1.0, "ipo": 0.5}}, {"type": "full"}, "stage.loss: ipo compares with"),
     ],
 )
@@ -162,6 +166,9 @@ def test_what_has_no_reference(stage, method, message):
     with pytest.raises(RequestError, match=message):
         check_stage(job(stage={"type": "dpo", **stage}, method=method))
     check_stage(job(stage={"type": "dpo", "loss": "orpo"}, method=method))
+    check_stage(job(stage={"type": "dpo", "reference": "copy", **stage}, method=method))
+    with pytest.raises(RequestError, match=r"stage.reference: copy: zero3 would not shard the copy"):
+        check_stage(job(stage={"type": "dpo", "reference": "copy"}, method=method, train={"deepspeed": "zero3"}))
 
 
 @pytest.mark.parametrize(
@@ -176,6 +183,7 @@ def test_what_has_no_reference(stage, method, message):
         ({"loss": "exo_pair", "label_smoothing": 0.0}, "must be above 0"),
         ({"gamma": 1.0}, "gamma is for loss simpo, not sigmoid"),
         ({"loss": "bce"}, "sigmoid"),
+        ({"loss": "simpo", "reference": "copy"}, "reference copy: the loss simpo compares with no reference"),
         ({"loss": {}}, "at least 1"),
         ({"loss": {"sigmoid": 0.0}}, "greater than 0"),
         ({"loss": {"hinge": 1, "ipo": 1}, "label_smoothing": 0.1}, "not hinge, ipo"),

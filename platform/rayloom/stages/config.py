@@ -23,6 +23,9 @@ class Stage(ConfigPart):
         return False
 
 
+Reference = Literal["adapter_off", "copy"]
+
+
 class PretrainConfig(Stage):
     """Learn every token of plain texts."""
 
@@ -95,8 +98,12 @@ class DpoConfig(Stage):
     """`dpo`: chosen answers are preferred to rejected ones."""
     loss: PairLossName | Annotated[dict[PairLossName, Weight], Field(min_length=1)] = "sigmoid"
     """Of each pair: `sigmoid` is DPO; what the others are is in `rayloom/losses/preference.py`. `cpo`, `simpo` and
-    `orpo` need no reference; that of the others is the model with its adapter off. Several with their weights, above 0,
-    such as `{sigmoid: 0.8, bco_pair: 0.2}`, are added up."""
+    `orpo` need no reference. Several with their weights, above 0, such as `{sigmoid: 0.8, bco_pair: 0.2}`, are added
+    up."""
+    reference: Reference = "adapter_off"
+    """What the other losses compare with, the model as it was before this training: `adapter_off`, the model with its
+    adapter off, of which there is one copy; or `copy`, a second copy of the weights in memory, which every method can
+    have."""
     beta: Number = Field(default=0.1, gt=0)
     """How much a change from the reference weighs, above 0; of `orpo` the weight of its odds ratio, and `simpo` wants 2
     and more."""
@@ -120,6 +127,8 @@ class DpoConfig(Stage):
             raise ValueError("label_smoothing of exo_pair must be above 0; its logarithm is in the loss")
         if self.gamma is not None and "simpo" not in self.weights:
             raise ValueError(f"gamma is for loss simpo, not {names}")
+        if self.reference == "copy" and not self.has_reference:
+            raise ValueError(f"reference copy: the loss {names} compares with no reference; leave it out")
         if self.ld_alpha is not None and (self.ftx or self.weights.keys() & {*FREE}):
             what = "ftx takes means" if self.ftx else f"the losses {', '.join(FREE)} take means"
             raise ValueError(f"ld_alpha weighs log-probabilities, of which {what}; leave one of them out")
@@ -151,8 +160,7 @@ class KtoConfig(Stage):
     measures = ("rewards/desirable", "rewards/undesirable", "accuracy", "divergence")
 
     type: Literal["kto"] = "kto"
-    """`kto`: Kahneman-Tversky optimization (Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306). The reference is
-    the model with its adapter off."""
+    """`kto`: Kahneman-Tversky optimization (Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306)."""
     beta: Number = Field(default=0.1, gt=0)
     """How much a change from the reference weighs, above 0."""
     desirable_weight: Number = Field(default=1.0, gt=0)
@@ -160,6 +168,8 @@ class KtoConfig(Stage):
     bad ones (equation 9)."""
     undesirable_weight: Number = Field(default=1.0, gt=0)
     """Weight of bad answers, above 0."""
+    reference: Reference = "adapter_off"
+    """As in stage dpo: `adapter_off`, or `copy`, a second copy of the weights."""
 
     @property
     def has_reference(self) -> bool:

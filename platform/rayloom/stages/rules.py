@@ -6,7 +6,7 @@ from rayloom.config.job import JobConfig
 from rayloom.errors import RequestError
 from rayloom.methods.config import LoraConfig
 from rayloom.methods.optimizers.config import LibraryConfig
-from rayloom.stages.config import CHOOSING, FREE, DpoConfig
+from rayloom.stages.config import CHOOSING, FREE, DpoConfig, KtoConfig
 
 
 def check_stage(job: JobConfig) -> None:
@@ -21,23 +21,29 @@ def check_stage(job: JobConfig) -> None:
 
 
 def _reference(job: JobConfig) -> str | None:
-    """The reference is the model with its adapter off, so what was trained before must be beneath the adapter."""
+    """With its adapter off a model must be what it was before the training; a copy is that with any method."""
     stage, method = job.stage, job.method
-    if not stage.has_reference:
+    if not isinstance(stage, DpoConfig | KtoConfig) or not stage.has_reference:
         return None
+    if stage.reference == "copy":
+        is_sharded = job.train.deepspeed == "zero3"
+        return (
+            "stage.reference: copy: zero3 would not shard the copy; use zero2, or adapter_off" if is_sharded else None
+        )
     why = None
     if method.type in ("full", "freeze"):
-        why = "compares with the model with its adapter off; use method.type: lora"
+        why = "compares with the model with its adapter off, and there is none"
     elif isinstance(method, LoraConfig) and method.changes_base:
-        why = f"compares with weights of which method.init: {method.init} takes a part; leave it out"
+        why = f"compares with weights of which method.init: {method.init} takes a part"
     elif isinstance(method, LoraConfig) and method.continues:
-        why = "would compare with the model as it was before method.adapters; say method.new_adapter: true"
+        why = "would compare with the model as it was before method.adapters, unless method.new_adapter is true"
     if why is None:
         return None
-    if not isinstance(stage, DpoConfig):
-        return f"stage.type: {stage.type} {why}"
+    more = "say stage.reference: copy, a second copy of the weights"
+    if isinstance(stage, KtoConfig):
+        return f"stage.type: kto {why}; {more}"
     names = " and ".join(name for name in stage.weights if name not in FREE)
-    return f"stage.loss: {names} {why}, or take a loss without a reference ({', '.join(FREE)})"
+    return f"stage.loss: {names} {why}; {more}, or take a loss without a reference ({', '.join(FREE)})"
 
 
 def _router_loss(job: JobConfig) -> str | None:

@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from rayloom.train.batch import Batch
+from rayloom.methods.prompts import virtual_tokens
+from rayloom.train.batch import Batch, TrainedPositions
 from rayloom.train.meter import StepCount
 from rayloom.train.trainer import StreamTrainer
 
@@ -32,8 +33,14 @@ class ExampleTrainer(StreamTrainer):
 
     loss_is_scaled_for_ga = True  # it is over all of the step's examples
 
-    def __init__(self, **kw: Any) -> None:
+    def __init__(self, *, reference: Any = None, **kw: Any) -> None:
+        """`reference`: a copy of the model as it was before training, for losses that compare with one; None: the
+        model with its adapter off."""
         super().__init__(**kw)
+        self._copy = reference
+        if reference is not None:
+            reference.requires_grad_(False).eval().to(self.args.device)
+            self._copy_positions = TrainedPositions(reference, skip=virtual_tokens(reference))
         self.measured: tuple[str, ...] = self._stage.measures
         self._sums = torch.zeros(2, len(self.measured), dtype=torch.float64)  # of measures, and of how many
 
@@ -50,6 +57,19 @@ class ExampleTrainer(StreamTrainer):
         self._sums += _sums(scores.measures).cpu()
         share: torch.Tensor = scores.losses.sum() / kwargs["num_items_in_batch"]
         return share * self.accelerator.num_processes
+
+    @contextmanager
+    def _reference(self, positions: torch.Tensor) -> Iterator[Any]:
+        """The model to compare with, which gives logits at `positions` in its next call; no gradients."""
+        with torch.no_grad():
+            if self._copy is not None:
+                self._copy_positions.choose(positions)
+                with self.accelerator.autocast():
+                    yield self._copy
+            else:
+                self._trained_positions.choose(positions, adapted=False)
+                with self._without_adapter() as beneath:
+                    yield beneath
 
     @contextmanager
     def _without_adapter(self) -> Iterator[Any]:

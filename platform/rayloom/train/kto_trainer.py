@@ -20,7 +20,7 @@ from rayloom.train.pairs import answer_sums, first_sequences, sides_of
 
 
 class KtoTrainer(ExampleTrainer):
-    """Makes good answers likelier and bad ones less likely. The reference is the model with its adapter off."""
+    """Makes good answers likelier and bad ones less likely."""
 
     _stage: KtoConfig
 
@@ -94,14 +94,14 @@ class KtoTrainer(ExampleTrainer):
         shape = inputs["input_ids"].shape
         given = {name: tensor for name, tensor in inputs.items() if name in ("input_ids", "position_ids")}
 
-        def sums(called: Any, *, adapted: bool) -> torch.Tensor:
-            self._trained_positions.choose(positions, adapted=adapted)
+        def sums(called: Any) -> torch.Tensor:
             logits = called(**given, use_cache=False).logits[0]
             return answer_sums(logits, labels, positions // shape[1], shape[0])
 
-        with torch.no_grad(), self._without_adapter() as beneath:
-            reference = sums(beneath, adapted=False)
-        return sums(model, adapted=True) - reference
+        with self._reference(positions) as before:
+            reference = sums(before)
+        self._trained_positions.choose(positions)
+        return sums(model) - reference
 
     def _has_answer(self, inputs: Batch) -> torch.Tensor:
         """(rows,) bool: all but the row of padding of a batch without rows."""

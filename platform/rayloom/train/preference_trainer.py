@@ -25,10 +25,7 @@ _REWARDS_FILE = "rewards.json"
 
 
 class PreferenceTrainer(ExampleTrainer):
-    """Makes chosen answers likelier than rejected ones.
-
-    The reference is the model with its adapter off: one copy of the weights.
-    """
+    """Makes chosen answers likelier than rejected ones."""
 
     _stage: DpoConfig
 
@@ -84,15 +81,15 @@ class PreferenceTrainer(ExampleTrainer):
         alpha = self._stage.ld_alpha
         weights = None if alpha is None or is_empty else tail_weights(rows, labels, shape[0], alpha)
 
-        def sums(called: Any, *, adapted: bool) -> torch.Tensor:
-            self._trained_positions.choose(positions, adapted=adapted)
+        def sums(called: Any) -> torch.Tensor:
             return answer_sums(called(**given, use_cache=False).logits[0], labels, rows, shape[0], weights)
 
         reference = None
         if self._stage.has_reference:
-            with torch.no_grad(), self._without_adapter() as beneath:
-                reference = sums(beneath, adapted=False)
-        policy = sums(model, adapted=True)
+            with self._reference(positions) as before:
+                reference = sums(before)
+        self._trained_positions.choose(positions)
+        policy = sums(model)
         return policy * 0.0 if is_empty else pairs_of(policy, reference, labels, rows)
 
     # --- the mean of all rewards before, which bco_pair subtracts --------------------------------------------------

@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from rayloom.config.job import JobConfig
 from rayloom.data.deal import Shard
 from rayloom.errors import JobError, RequestError
 from rayloom.methods.attach import attach_method
+from rayloom.methods.config import LoraConfig, MethodConfig
 from rayloom.methods.optimizers.build import optim_name
 from rayloom.methods.optimizers.support import check_precision
 from rayloom.methods.parameters import count_parameters, size_of
@@ -133,7 +134,8 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
         if config["chat_template"] and (job.data.template != "auto" or not tokenizer.chat_template):
             tokenizer.chat_template = config["chat_template"]  # saved with the model, which answers in no other
         batches_per_step = job.train.workers * job.train.accumulation
-        base = load_causal_lm(
+        load = partial(
+            load_causal_lm,
             job.model,
             _weight_dtype(job, precision),
             tokenizer=tokenizer,
@@ -141,7 +143,11 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
             seed=job.train.seed,
             batches_per_step=batches_per_step,
         )
-        model = attach_method(base, job.method, added_token_ids(tokenizer, job.model))
+        new_tokens = added_token_ids(tokenizer, job.model)
+        more: dict[str, Any] = {}
+        if getattr(job.stage, "reference", None) == "copy" and job.stage.has_reference:
+            more["reference"] = _reference(load, job.method, new_tokens)
+        model = attach_method(load(), job.method, new_tokens)
         if job.train.deepspeed == "none":
             cast_trained(model, precision)
         if job.stage.type == "reward":
@@ -182,6 +188,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
             set_names=config["sets"],
             eval_names=config["eval_sets"],
             checkpoints=Path(config["checkpoints"]),
+            **more,
         )
         trainer.remove_callback(transformers.PrinterCallback)
         if folder is not None:
@@ -248,6 +255,14 @@ def _arguments(
         # BAdam's layers take turns, and an adapter may stand where a batch does not come by: on an expert's layer, say.
         ddp_find_unused_parameters=job.method.type != "full" or getattr(job.optimizer, "mode", None) == "layer",
     )
+
+
+def _reference(load: Callable[[], Any], method: MethodConfig, new_tokens: Sequence[int]) -> Any:
+    """The model as it is before this training: with the adapters of before, where the method begins with some. A new
+    adapter changes nothing before its first step."""
+    with torch.random.fork_rng():
+        model = load()
+        return attach_method(model, method, new_tokens) if isinstance(method, LoraConfig) and method.adapters else model
 
 
 def _weight_dtype(job: JobConfig, precision: Precision) -> torch.dtype:
