@@ -142,6 +142,7 @@ _WORDS = {
     "string_too_short": "must not be empty",
     "string_too_long": "must be shorter",
     "list_type": "must be a list",
+    "dict_type": "must be a mapping",
     "model_type": "must be a mapping of keys",
     "model_attributes_type": "must be a mapping of keys",
     "too_short": "must not be empty",
