@@ -153,7 +153,8 @@ def test_every_fault_has_its_own_line(refused):
         (
             "stage={type: dpo, loss: bce}",
             "OVERRIDE: stage.loss: unknown 'bce'; known here: sigmoid, robust, hinge, ipo, kto_pair, bco_pair, "
-            "apo_zero, apo_down, sppo_hard, nca_pair, exo_pair, aot, discopop, cpo, simpo, orpo; else it must be a mapping",
+            "apo_zero, apo_down, sppo_hard, nca_pair, exo_pair, aot, discopop, cpo, simpo, orpo; "
+            "else it must be a mapping",
         ),
         ("stage.type=rlhf", "OVERRIDE: stage.type: unknown 'rlhf'; known here: pretrain, sft, reward, dpo, kto"),
         ("method.type=dora", "OVERRIDE: method.type: unknown 'dora'; did you mean 'lora'?"),
