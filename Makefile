@@ -3,12 +3,12 @@
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-models test-ray test-slow test-tokenizers bench bench-data bench-memory matrix techniques lint format clean
+.PHONY: help setup demo test test-unit test-models test-ray test-slow test-tokenizers bench bench-data bench-memory bench-preference matrix techniques lint format clean
 # Checks go from quick to slow, and two test runs at once would starve each other.
 .NOTPARALLEL:
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
 
 setup: ## make .venv, or bring it up to date (well under a second when it is)
 	@bash cluster/setup.sh
@@ -27,7 +27,7 @@ test-models: setup ## a dozen model types of widely different architecture, from
 test-ray: setup ## tests on a local Ray cluster
 	$(RUN) .venv/bin/python -m pytest tests/ray -m "not slow"
 
-test-slow: setup ## tests on Ray that start the workers several times (four minutes)
+test-slow: setup ## tests on Ray that start the workers several times, machines that die, recipes (most of an hour)
 	$(RUN) .venv/bin/python -m pytest tests/ray -m slow
 
 test-tokenizers: setup ## chat templates and cuts with ten real tokenizers (downloads 77 MB once)
@@ -44,6 +44,9 @@ bench: setup ## measure training speed on this machine
 
 bench-memory: setup ## measure the memory of each memory-saving technique (needs bitsandbytes for two rows)
 	$(RUN) .venv/bin/python tests/bench/bench_memory.py
+
+bench-preference: setup ## measure preference training against TRL's DPOTrainer (eight minutes)
+	$(RUN) .venv/bin/python tests/bench/bench_preference.py
 
 bench-data: setup ## measure the data stream on this machine (makes a 3 GB file in the temporary folder)
 	$(RUN) .venv/bin/python tests/bench/bench_data.py

@@ -32,7 +32,7 @@ Figures = dict[str, float]
 def main() -> None:
     """Run both in turn and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=48, help="rows to train on, once each")
+    parser.add_argument("--pairs", type=int, default=20, help="rows to train on, once each")
     parser.add_argument("--trl", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.trl:
@@ -45,7 +45,11 @@ def main() -> None:
             for name, measure in (("TRL", run_trl), ("Rayloom", run_rayloom)):
                 found[name].append(measure(rows))
                 figures = found[name][-1]
-                print(f"turn {turn} of {TURNS}: {name} {figures['pairs_per_second']:.3f} pairs/s", flush=True)
+                print(
+                    f"turn {turn} of {TURNS}: {name} {figures['pairs_per_second']:.3f} pairs/s, "
+                    f"{figures['peak_mb']:.0f} MB",
+                    flush=True,
+                )
     tokens = {name: figures[0]["tokens"] for name, figures in found.items()}
     assert tokens["TRL"] == tokens["Rayloom"], f"they did not train on the same tokens: {tokens}"
     best = {name: max(figures, key=lambda one: one["pairs_per_second"]) for name, figures in found.items()}
