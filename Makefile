@@ -27,7 +27,7 @@ test-models: setup ## a dozen model types of widely different architecture, from
 test-ray: setup ## tests on a local Ray cluster
 	$(RUN) .venv/bin/python -m pytest tests/ray -m "not slow"
 
-test-slow: setup ## tests on Ray that start the workers several times, machines that die, recipes (most of an hour)
+test-slow: setup ## tests on Ray that start the workers several times, kill them, or run the recipes (long)
 	$(RUN) .venv/bin/python -m pytest tests/ray -m slow
 
 test-tokenizers: setup ## chat templates and cuts with ten real tokenizers (downloads 77 MB once)

@@ -54,6 +54,22 @@ def ls(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.logsigmoid(x)
 
 
+class Shifted:
+    """`bco_pair`: rewards less the mean of all rewards of the steps before."""
+
+    def __init__(self) -> None:
+        self.before: list[float] = []
+        self.now: list[float] = []
+
+    def __call__(self, w: torch.Tensor, v: torch.Tensor, a: Any, c: Any, m: int, n: int) -> torch.Tensor:
+        shift = sum(self.before) / len(self.before) if self.before else 0.0
+        r, q = 0.5 * (w - a), 0.5 * (v - c)
+        self.now += [r.item(), q.item()]
+        if len(self.now) == 2 * BATCH:
+            self.before, self.now = self.before + self.now, []
+        return -ls(r - shift) - ls(shift - q)
+
+
 # w, v: log-probabilities of the chosen and the rejected answer; a, c: the reference's; m, n: tokens.
 LOSSES: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
     "sigmoid": ({}, lambda w, v, a, c, m, n: -ls(0.1 * (w - a - v + c))),
@@ -63,6 +79,7 @@ LOSSES: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
     ),
     "ipo": ({"loss": "ipo"}, lambda w, v, a, c, m, n: ((w - a) / m - (v - c) / n - 5) ** 2),
     "full": ({"reference": "copy"}, lambda w, v, a, c, m, n: -ls(0.1 * (w - a - v + c))),
+    "bco": ({"loss": "bco_pair", "beta": 0.5}, Shifted()),
     "simpo": ({"loss": "simpo", "beta": 2.0}, lambda w, v, a, c, m, n: -ls(2 * (w / m - v / n) - 0.5)),
 }
 
@@ -117,6 +134,7 @@ def plain_losses(config: JobConfig, tiny_model: Path, of_pair: Callable[..., Any
         pytest.param("ipo", {"batch_size": 2, "workers": 2, "deepspeed": "zero2"}, marks=pytest.mark.slow),
         pytest.param("sigmoid", {"batch_size": 2, "workers": 2, "deepspeed": "zero3"}, marks=pytest.mark.slow),
         pytest.param("simpo", {"activation_checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param("bco", {"batch_size": 1, "workers": 2, "global_batch_size": BATCH}, marks=pytest.mark.slow),
         pytest.param("full", {"batch_size": 2, "workers": 2}, marks=pytest.mark.slow),
         pytest.param("full", {"batch_size": 2, "workers": 2, "deepspeed": "zero2"}, marks=pytest.mark.slow),
     ],

@@ -17,7 +17,7 @@ from rayloom.methods.config import LoraConfig
 from rayloom.train.driver import run_job
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("methods", "models", "optimizers", "losses", "preferences")
+FOLDERS = ("methods", "models", "optimizers", "losses", "preferences", "training")
 RECIPES = [path for folder in FOLDERS for path in sorted((ROOT / "jobs" / folder).glob("*.yaml"))]
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("connected")]
 

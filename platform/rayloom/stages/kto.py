@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -10,27 +9,15 @@ from rayloom.data.encode import encode_conversations
 from rayloom.data.encoding import Encoding
 from rayloom.data.example import Example
 from rayloom.data.template import Renderer
-from rayloom.models.text_tokenizer import TokenizerState
+from rayloom.stages.answers import AnswerEncoder, media_refusal
 
 
 @dataclass(frozen=True)
-class JudgementEncoder:
+class JudgementEncoder(AnswerEncoder):
     """Judged conversation -> ids, and labels on its last answer. What is too long is cut as a conversation is."""
 
-    tokenizer: TokenizerState
-    template: str
-    enable_thinking: bool | None = None
-    """Handed to the template; None: the template decides."""
-
-    @property
-    def splits(self) -> bool:
-        """What is longer than the cutoff is cut."""
-        return False
-
     def key(self) -> str:
-        """Changes with the tokenizer and the template."""
-        rule = (self.template, self.enable_thinking)
-        return f"judgements {self.tokenizer.fingerprint} {hashlib.sha256(repr(rule).encode()).hexdigest()}"
+        return self._key("judgements")
 
     def encode(self, examples: Sequence[Example], cutoff: int) -> list[Encoding]:
         """At most `cutoff` ids of each example, labels, and its judgement (`Encoding.desirable`).
@@ -65,6 +52,4 @@ def _refusal(example: Example) -> str | None:
         elif example.chosen or example.rejected:
             kind = "a preference (stage dpo)"
         return f"the row is {kind}; stage kto learns from answers that were judged (a column named by kto_tag)"
-    if example.images or example.videos or example.audios:
-        return "the row has images, videos or audios, which a text model cannot read"
-    return None
+    return media_refusal(example)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,33 +10,21 @@ from rayloom.data.encoding import Encoding
 from rayloom.data.example import Example
 from rayloom.data.template import Rendered, Renderer
 from rayloom.data.truncate import turn_starts, without_turns
-from rayloom.models.text_tokenizer import TokenizerState
+from rayloom.stages.answers import AnswerEncoder, media_refusal
 
 Sides = tuple[Example, Example]
 
 
 @dataclass(frozen=True)
-class PreferenceEncoder:
+class PreferenceEncoder(AnswerEncoder):
     """Preference -> ids and labels of both answers, each behind the prompt. Only the answers have labels.
 
     Where one of the two is longer than the cutoff, both lose the same oldest turns, so that the prompt is still one. A
     pair of which the last turn alone is too long cannot be learnt from: a cut would change what was judged.
     """
 
-    tokenizer: TokenizerState
-    template: str
-    enable_thinking: bool | None = None
-    """Handed to the template; None: the template decides."""
-
-    @property
-    def splits(self) -> bool:
-        """What is longer than the cutoff is cut."""
-        return False
-
     def key(self) -> str:
-        """Changes with the tokenizer and the template."""
-        rule = (self.template, self.enable_thinking)
-        return f"pairs {self.tokenizer.fingerprint} {hashlib.sha256(repr(rule).encode()).hexdigest()}"
+        return self._key("pairs")
 
     def encode(self, examples: Sequence[Example], cutoff: int) -> list[Encoding]:
         """Two sequences of at most `cutoff` ids for each example, the chosen answer's first (`Encoding.border`).
@@ -88,6 +75,4 @@ def _refusal(example: Example) -> str | None:
         kind = "plain text" if example.text is not None else "a conversation"
         kind = "an answer that was judged by itself (stage kto)" if example.desirable is not None else kind
         return f"the row is {kind}; stages dpo and reward learn from a chosen and a rejected answer"
-    if example.images or example.videos or example.audios:
-        return "the row has images, videos or audios, which a text model cannot read"
-    return None
+    return media_refusal(example)

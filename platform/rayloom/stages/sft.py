@@ -11,6 +11,7 @@ from rayloom.data.encoding import Encoding
 from rayloom.data.example import Example
 from rayloom.data.template import Renderer
 from rayloom.models.text_tokenizer import TokenizerState
+from rayloom.stages.answers import media_refusal
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,4 @@ def _refusal(example: Example) -> str | None:
         return "the row is a preference (chosen and rejected); supervised fine-tuning learns from conversations"
     if example.desirable is not None:
         return "the row judges its answer as desirable or not; supervised fine-tuning learns from every answer"
-    if example.images or example.videos or example.audios:
-        return "the row has images, videos or audios, which a text model cannot read"
-    return None
+    return media_refusal(example)

@@ -33,10 +33,8 @@ from rayloom.train.report import Reporter
 from rayloom.train.run_dir import check_data, check_run_dir, open_run_dir
 from rayloom.train.track import check_trackers
 
-_POLL_SECONDS = 0.25
 _SEGMENTS_AT_ONCE = 10_000
 _TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree")  # say on import which of their kernels are not there
-_VERSIONS = ("ray", "torch", "transformers", "peft", "accelerate", "deepspeed")
 
 
 def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[str, Any]:
