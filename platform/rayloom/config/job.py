@@ -12,6 +12,8 @@ from rayloom.data.config import DataConfig
 from rayloom.methods.config import LoraConfig, MethodConfig
 from rayloom.methods.optimizers.config import AdamWConfig, OptimizerConfig, refusals
 from rayloom.models.config import ModelConfig
+from rayloom.rollout.config import RolloutConfig
+from rayloom.rollout.rewards.config import RewardsConfig
 from rayloom.stages.config import SftConfig, StageConfig
 from rayloom.train.config import TrainConfig
 
@@ -33,6 +35,10 @@ class JobConfig(ConfigPart):
     data: DataConfig
     stage: StageConfig = SftConfig()
     """The training approach, told by its `type`."""
+    rewards: RewardsConfig | None = None
+    """For stage ppo: what an answer is worth."""
+    rollout: RolloutConfig = RolloutConfig()
+    """For stage ppo: the engines that answer prompts."""
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = AdamWConfig()
     """What turns gradients into steps, told by its `type`; `train` has the learning rate and the weight decay."""

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rayloom.config.part import ConfigPart, Number
-
-
-class Stage(ConfigPart):
-    """What all stages have."""
-
-    rows: ClassVar[Literal["texts", "conversations", "pairs", "judgements"]]
-    """What kind of example it learns from."""
-    measures: ClassVar[tuple[str, ...]]
-    """What is measured besides the loss; evaluation puts `eval_` before the names."""
-
-    @property
-    def has_reference(self) -> bool:
-        """Whether the loss compares with a reference, which is the model with its adapter off."""
-        return False
-
+from rayloom.config.part import Number
+from rayloom.stages.ppo_config import PpoConfig
+from rayloom.stages.stage import Stage
 
 Reference = Literal["adapter_off", "copy"]
 
@@ -176,4 +163,6 @@ class KtoConfig(Stage):
         return True
 
 
-StageConfig = Annotated[PretrainConfig | SftConfig | RewardConfig | DpoConfig | KtoConfig, Field(discriminator="type")]
+StageConfig = Annotated[
+    PretrainConfig | SftConfig | RewardConfig | DpoConfig | KtoConfig | PpoConfig, Field(discriminator="type")
+]

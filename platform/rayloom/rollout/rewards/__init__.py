@@ -1,0 +1,1 @@
+"""What an answer is worth: functions, servers, models; penalties and normalisation."""

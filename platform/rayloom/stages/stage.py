@@ -1,0 +1,21 @@
+"""The base of every stage's part of the job file."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from rayloom.config.part import ConfigPart
+
+
+class Stage(ConfigPart):
+    """What all stages have."""
+
+    rows: ClassVar[Literal["texts", "conversations", "pairs", "judgements", "prompts"]]
+    """What kind of example it learns from."""
+    measures: ClassVar[tuple[str, ...]]
+    """What is measured besides the loss; evaluation puts `eval_` before the names."""
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss compares with a reference, which is the model with its adapter off."""
+        return False
