@@ -27,6 +27,8 @@ class Encoding:
     rejected one); 0: there is one sequence."""
     desirable: bool | None = None
     """Whether the answer was judged a good one; None: nobody judged it."""
+    answer: str | None = None
+    """Of a prompt, the answer that the data has to it, as text; None: `input_ids` is no bare prompt."""
     messages_cut: int = 0
     """Messages that were left out, behind the system message: images in them are not in `input_ids` either."""
 

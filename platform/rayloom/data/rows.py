@@ -42,6 +42,7 @@ SCHEMA = pa.schema(
         "labels": pa.list_(pa.int32()),
         "position_ids": pa.list_(pa.int32()),
         "desirable": pa.int8(),  # whether the row's answer was judged a good one: 1 or 0, -1 where nobody judged it
+        "answer": pa.string(),  # of a row that is a bare prompt: the answer that the data has to it
         "sets": pa.list_(pa.int32()),  # of each example in the row: the number of its data set ...
         "rows": pa.list_(pa.int64()),  # ... and its row there, `row_id`
         "counts": pa.list_(pa.int64()),  # on a segment's first row: `COUNTERS` of each set, sets first
@@ -69,6 +70,8 @@ class Encoded:
     """`Encoding.border`."""
     desirable: bool | None = None
     """`Encoding.desirable`."""
+    answer: str | None = None
+    """`Encoding.answer`."""
 
 
 def row_id(chunk: int, row: int) -> int:
@@ -117,6 +120,7 @@ def segment_table(
         "labels": _lists(groups, labels, pa.int32()),
         "position_ids": _lists(groups, of_examples, pa.int32()),
         "desirable": [judgement(examples[group[0]].desirable if group else None) for group in groups],
+        "answer": [examples[group[0]].answer if group else None for group in groups],
         "sets": [[examples[index].set for index in group] for group in whole],
         "rows": [[examples[index].row for index in group] for group in whole],
         "counts": [list(counts), *([] for _ in groups[1:])],

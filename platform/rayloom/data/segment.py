@@ -216,7 +216,7 @@ def encode_items(
             count(item, CUT)
             count(item, TOKENS_CUT, encoding.cut)
         kept += [
-            Encoded(one.input_ids, one.labels, item.set, item.row, number > 0, one.border, one.desirable)
+            Encoded(one.input_ids, one.labels, item.set, item.row, number > 0, one.border, one.desirable, one.answer)
             for number, one in enumerate(pieces)
         ]
     return (with_mismatches(kept, options.cutoff) if options.mismatched else kept), counts

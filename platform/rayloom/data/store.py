@@ -28,7 +28,7 @@ from rayloom.data.encoding import Encoding
 from rayloom.data.plan import DataSet
 from rayloom.errors import RequestError
 
-LAYOUT = 3
+LAYOUT = 4
 """Raised when what stands in a store, or how rows become tokens, changes."""
 CHUNKS_PER_FILE = 16
 SCHEMA = pa.schema(
@@ -38,6 +38,7 @@ SCHEMA = pa.schema(
         "cut": pa.int32(),
         "border": pa.int32(),  # `Encoding.border`
         "desirable": pa.int8(),  # `rayloom.data.rows.judgement` of `Encoding.desirable`
+        "answer": pa.string(),  # `Encoding.answer`
         "counter": pa.int8(),  # which of `rayloom.data.rows.COUNTERS` it adds to, where there are no tokens; else -1
         "side": pa.float64(),  # 0 to 1; a row below `data.held_out` is not trained on
     }
@@ -102,6 +103,7 @@ def read_stored(folder: str, index: int, rows: Sequence[int]) -> list[tuple[Enco
                 row["cut"],
                 border=row["border"],
                 desirable=None if row["desirable"] < 0 else bool(row["desirable"]),
+                answer=row["answer"],
             ),
             None if row["counter"] < 0 else row["counter"],
             row["side"],

@@ -17,6 +17,7 @@ from rayloom.models.source import check_model_path
 from rayloom.models.text_tokenizer import TokenizerState
 from rayloom.models.tokenizer import TokenizerSource, load_tokenizer
 from rayloom.stages.kto import JudgementEncoder
+from rayloom.stages.ppo import PromptEncoder
 from rayloom.stages.preference import PreferenceEncoder
 from rayloom.stages.pretrain import PretrainEncoder
 from rayloom.stages.sft import SftEncoder
@@ -60,6 +61,8 @@ def make_encoder(job: JobConfig) -> Encoder:
     template = resolve_template(data.template, tokenizer, job.model.path)
     if job.stage.rows == "pairs":
         return PreferenceEncoder(state, template, data.enable_thinking)
+    if job.stage.rows == "prompts":
+        return PromptEncoder(state, template, data.enable_thinking)
     if job.stage.rows == "judgements":
         return JudgementEncoder(state, template, data.enable_thinking)
     return SftEncoder(state, template, data.train_on_prompt, data.mask_history, data.enable_thinking)

@@ -196,6 +196,10 @@ def _findings(job: JobConfig, plan: Plan, sample: Sample) -> Iterator[str]:
         yield f"a row is a pair of answers to one prompt, {tokens / kept:,.0f} tokens on average"
     elif job.stage.rows == "judgements":
         yield f"a row is one answer that was judged, {tokens / kept:,.0f} tokens on average"
+    elif job.stage.rows == "prompts":
+        yield f"a row is one prompt, {tokens / kept:,.0f} tokens on average; answers have at most " + (
+            f"{job.rollout.max_tokens:,} tokens"
+        )
     elif job.packs:
         yield f"packing makes {packed}, of {_count(kept, 'example')}"
     else:

@@ -119,6 +119,7 @@ def _encode(data_set: DataSet, number: int, items: list[Item], encoder: Encoder,
                 "cut": encoding.cut if encoding else 0,
                 "border": encoding.border if encoding else 0,
                 "desirable": judgement(encoding.desirable if encoding else None),
+                "answer": encoding.answer if encoding else None,
                 "counter": -1 if counter is None else counter,
                 "side": item.side,
             }
