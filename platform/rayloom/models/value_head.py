@@ -6,10 +6,12 @@ the names that TRL and LlamaFactory gave it, so that their heads load here and o
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils.generic import ModelOutput
 
 from rayloom.errors import RequestError
 
@@ -59,6 +61,39 @@ def attach_value_head(model: Any) -> ValueHead:
     def answer(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
         output.logits = found.pop().unsqueeze(-1)
         return output
+
+    output_layer.register_forward_hook(look)
+    model.register_forward_hook(answer)
+    return head
+
+
+@dataclass
+class CriticOutput(ModelOutput):
+    """A type of its own, because DDP takes outputs apart and puts them together again."""
+
+    logits: torch.Tensor | None = None
+    """(batch, kept, vocabulary)"""
+    state_values: torch.Tensor | None = None
+    """(batch, kept) in float32"""
+
+
+def attach_critic(model: Any) -> ValueHead:
+    """Put a new head beside the output layer of a model, PEFT's or its own, which returns a `CriticOutput` then, both
+    from the same hidden states. It begins at 0: nothing is known of any state.
+
+    Part of the model and its output as in `attach_value_head`.
+    """
+    head = value_head_for(model)
+    torch.nn.init.zeros_(head.summary.weight)
+    output_layer = model.get_output_embeddings()
+    model.v_head = head.to(output_layer.weight.device)
+    found: list[torch.Tensor] = []
+
+    def look(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        found[:] = [head(inputs[0])]
+
+    def answer(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+        return CriticOutput(logits=output.logits, state_values=found.pop())
 
     output_layer.register_forward_hook(look)
     model.register_forward_hook(answer)

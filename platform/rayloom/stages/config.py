@@ -132,7 +132,7 @@ class DpoConfig(Stage):
 
 
 SMALLER_IS_BETTER = ("loss", "perplexity")
-CHOOSING = (*SMALLER_IS_BETTER, "accuracy", "rewards/margin")
+CHOOSING = (*SMALLER_IS_BETTER, "accuracy", "rewards/margin", "reward")
 """Measures that say how good a model is; most of them the better the larger."""
 SMOOTHED: tuple[PairLossName, ...] = ("sigmoid", "robust", "aot", "cpo", "exo_pair")
 """Losses that `label_smoothing` is for."""

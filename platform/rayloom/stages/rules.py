@@ -59,7 +59,8 @@ def _best_metric(job: JobConfig) -> str | None:
         return None
     if not (job.data.eval or job.data.held_out):
         return "train.best_metric: nothing is evaluated; say data.held_out or data.eval"
-    possible = [f"eval_{name}" for name in CHOOSING if name in ("loss", *job.stage.measures)]
+    own = job.stage.measures if job.stage.rows == "prompts" else ("loss", *job.stage.measures)
+    possible = [f"eval_{name}" for name in CHOOSING if name in own]
     sets = [item.name for item in job.data.eval or job.data.train]
     of_sets = [f"{name}/{of_set}" for name in possible for of_set in sets] if len(sets) > 1 else []
     if metric not in possible + of_sets:

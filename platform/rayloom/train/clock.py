@@ -10,6 +10,7 @@ from typing import Any
 import transformers
 
 PARTS = ("data", "forward", "backward", "optimizer", "checkpoint")
+"""Of every step; a trainer may name more."""
 
 
 class StepClock(transformers.TrainerCallback):
@@ -45,7 +46,7 @@ class StepClock(transformers.TrainerCallback):
     def _pause(self) -> None:
         if self._open:
             name, since = self._open[-1]
-            self._seconds[name] += time.perf_counter() - since
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - since
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._begin("optimizer")

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import time
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -24,6 +26,7 @@ from rayloom.methods.optimizers.support import check_environment
 from rayloom.methods.rules import check_combination
 from rayloom.models.check import check_model
 from rayloom.models.precision import choose_precision, computes_bf16
+from rayloom.stages.ppo_rules import check_ppo
 from rayloom.stages.prepare import make_encoder, plan_data, prepare_eval, segment_options, with_stores
 from rayloom.stages.rules import check_stage
 from rayloom.train.deepspeed import read_deepspeed_json
@@ -54,6 +57,7 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
     run = check_run_dir(job)
     check_combination(job)
     check_stage(job)
+    check_ppo(job)
     check_environment(job.optimizer, job.train.device)
     check_trackers(job)
     deepspeed = read_deepspeed_json(job.train)
@@ -77,8 +81,11 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
         from rayloom.train.resources import settle_workers
 
         phases["ray"] = time.time()
-        train, resources = settle_workers(job.train, wait=not own_cluster)
-        choose_precision(job.train.precision, resources.device, bf16=resources.device == "gpu" or computes_bf16("cpu"))
+        from rayloom.train.engines import engine_bundles, engines_of
+
+        train, resources = settle_workers(job.train, wait=not own_cluster, beside=partial(engine_bundles, job))
+        has_bf16 = resources.device == "gpu" or computes_bf16("cpu")
+        precision = choose_precision(job.train.precision, resources.device, bf16=has_bf16)
         _check_model(job, resources.device)
         check_environment(job.optimizer, resources.device)
         run = open_run_dir(job, run)
@@ -101,13 +108,23 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
         for data_set, store in zip(plan.sets, options.stores, strict=True):
             if store:
                 reporter.say(f"{data_set.name}: prepared tokens are read from {store}")
-        return Execution(work, reporter, phases).run()
+        with engines_of(job, resources.device, precision, first) as fleet:
+            if fleet is not None:
+                phases["engines"] = time.time()
+            return Execution(replace(work, fleet=fleet), reporter, phases).run()
 
 
 def _check_model(job: JobConfig, device: str) -> None:
     known = None if device == "auto" else device
     zero3 = job.train.deepspeed == "zero3"
-    _, quantized = check_model(job.model, cutoff=job.data.cutoff, device=known, zero3=zero3)
+    longest = job.data.cutoff + (job.rollout.max_tokens if job.stage.type == "ppo" else 0)
+    architecture, quantized = check_model(job.model, cutoff=longest, device=known, zero3=zero3)
+    most = getattr(architecture.text, "max_position_embeddings", None)
+    if job.stage.type == "ppo" and most is not None and longest > most:
+        raise RequestError(
+            f"data.cutoff: prompts of {job.data.cutoff} tokens with answers of {job.rollout.max_tokens} "
+            f"(rollout.max_tokens) pass the model's length of {most}; make one of them smaller"
+        )
     if quantized is not None and quantized.is_frozen and job.method.type in ("full", "freeze"):
         raise RequestError(
             f"method.type: {job.method.type} trains the model's own weights, and weights quantized with "

@@ -128,6 +128,8 @@ class Execution:
             self._monitor, self._nodes, self._move = start_monitor(), set(), None
         if self._stop_asked:
             self._monitor.request_stop.remote()
+        if self._work.fleet is not None:
+            self._work.fleet.abandon()
         step = self._work.run.cut_back()
         self._breaks.append({"kind": kind, "what": what, "time": time.time(), "from_step": step})
         self._reporter.say(f"{what}; goes on from step {step}")
@@ -227,6 +229,15 @@ class Execution:
             plot_loss(rows, evaluations, run.path / "loss.png", self._work.job.name)
         return self._write(summary)
 
+    def _engines(self) -> dict[str, Any]:
+        """Of stage ppo: what the engines did, and which of them broke."""
+        if self._work.fleet is None:
+            return {}
+        try:
+            return {"engines": self._work.fleet.metrics(), "engine_breaks": self._work.fleet.events()}
+        except JobError as error:  # it may be why the job has failed
+            return {"engines": None, "engine_breaks": [{"what": str(error)}]}
+
     def _write(self, summary: dict[str, Any]) -> dict[str, Any]:
         marks = sorted(self._phases.items(), key=lambda item: item[1])
         seconds = {name: round(time_ - marks[i][1], 2) for i, (name, time_) in enumerate(marks[1:])}
@@ -234,6 +245,7 @@ class Execution:
             "name": self._work.job.name,
             **summary,
             "breaks": self._breaks,
+            **self._engines(),
             "seconds": round(time.time() - self._phases["start"], 2),
             "seconds_to_first_step": seconds,
             "versions": {"rayloom": __version__, "python": platform.python_version()}

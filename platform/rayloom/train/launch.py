@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -45,6 +46,8 @@ class Work:
     """Most segments of one execution of the pipeline: Ray Data lists all its tasks up front."""
     deepspeed: dict[str, Any]
     """What the user's DeepSpeed JSON says."""
+    fleet: Any = None
+    """The engines of stage ppo, as workers call them."""
 
     def segments(self, start: Position) -> int:
         """How many segments to make from `start` on, in one execution of the pipeline.
@@ -55,9 +58,7 @@ class Work:
         """
         left = self.plan.segments_left(start)
         if left is None:
-            train = self.job.train
-            rows = (train.max_steps or 0) * train.rows_per_step
-            left = rows // self.first.num_rows
+            left = self.job.stream_rows(self.job.train.max_steps or 0) // self.first.num_rows
         return min(2 + 5 * left // 4, self.segments_at_once)
 
     def eval_segments(self) -> int:
@@ -91,10 +92,12 @@ def ray_trainer(work: Work, monitor: Any) -> Any:
             "chat_template": getattr(work.encoder, "template", None),
             "device": resources.device,
             "deepspeed": work.deepspeed,
+            "fleet": work.fleet,
             "sets": [data_set.name for data_set in work.plan.sets],
             "eval_sets": [data_set.name for data_set in work.eval_plan.sets] if work.eval_plan else [],
             "model_dir": str(run.model),
             "checkpoints": str(run.checkpoints),
+            "folder": str(Path.cwd()),
         },
         torch_config=TorchConfig(
             backend="gloo" if resources.device == "cpu" else "nccl", timeout_s=math.ceil(job.train.collective_timeout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import ray
@@ -31,8 +32,11 @@ class Resources:
     """Threads that a worker on CPU computes with: its share of the cores of the largest node."""
 
 
-def plan_resources(train: TrainConfig) -> Resources:
+def plan_resources(train: TrainConfig, taken: float = 0.0) -> Resources:
     """Choose the device and what is left for reading data.
+
+    Args:
+        taken: CPUs that something else of the job holds.
 
     Raises:
         RequestError: GPUs are asked for and there are none.
@@ -45,37 +49,46 @@ def plan_resources(train: TrainConfig) -> Resources:
     cores = max((node["Resources"].get("CPU", 1.0) for node in ray.nodes() if node["Alive"]), default=1.0)
     neighbours = max(1, min(train.workers, int(cores // train.cpus_per_worker)))
     threads = max(1, int(cores) // neighbours)
-    spare = total.get("CPU", 0.0) - train.workers * train.cpus_per_worker
+    spare = total.get("CPU", 0.0) - train.workers * train.cpus_per_worker - taken
     if spare >= 1:
         return Resources(device, per_worker, 1.0, int(spare), threads)
     return Resources(device, per_worker, 0.0, 1, threads)
 
 
-def settle_workers(train: TrainConfig, *, wait: bool) -> tuple[TrainConfig, Resources]:
+Bundles = list[dict[str, float]]
+
+
+def settle_workers(
+    train: TrainConfig, *, wait: bool, beside: Callable[[str], Bundles] = lambda device: []
+) -> tuple[TrainConfig, Resources]:
     """With how many workers to train now, and on what: the most whose placement group can be made, asked for again and
     again for at most `train.wait_for_resources` seconds. A machine that died is counted among the living for a while.
 
     Args:
         train: as the job file has it, with the most and the fewest workers.
         wait: whether the cluster may grow; else what it has not got at all is refused at once.
+        beside: what else must find room, by the device ("cpu" or "gpu").
 
     Raises:
         RequestError: saying what was asked for, what there is and what is free.
     """
-    bundle = plan_resources(train).per_worker
+    plan = plan_resources(train)
+    bundle, others = plan.per_worker, beside(plan.device)
     fewest = train.with_workers(train.possible_workers[-1])
-    if not wait and not _fits(bundle, fewest.workers):
-        raise RequestError(_shortage(fewest, bundle, "the cluster has not got that"))
+    if not wait and not (_fits(bundle, fewest.workers) and _hold([bundle] * fewest.workers + others)):
+        raise RequestError(_shortage(fewest, bundle, others, "the cluster has not got that"))
     deadline = time.monotonic() + train.wait_for_resources
     while True:
         for workers in [n for n in train.possible_workers if _fits(bundle, n)] or [fewest.workers]:
             left = max(0.0, deadline - time.monotonic())
-            if _can_place([bundle] * workers, left if fewest.workers == train.workers else min(_TRY_SECONDS, left)):
+            if _can_place(
+                [bundle] * workers + others, left if fewest.workers == train.workers else min(_TRY_SECONDS, left)
+            ):
                 settled = train.with_workers(workers)
-                return settled, plan_resources(settled)
+                return settled, plan_resources(settled, sum(other["CPU"] for other in others))
         if time.monotonic() >= deadline:
             waited = f"not free after {train.wait_for_resources:g} s (train.wait_for_resources)"
-            raise RequestError(_shortage(fewest, bundle, waited))
+            raise RequestError(_shortage(fewest, bundle, others, waited))
 
 
 def room_for_more(train: TrainConfig, workers: int, resources: Resources) -> int:
@@ -101,15 +114,23 @@ def describe(amounts: dict[str, float]) -> str:
     return ", ".join(f"{amounts.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
 
 
-def _shortage(train: TrainConfig, bundle: dict[str, float], reason: str) -> str:
+def _shortage(train: TrainConfig, bundle: dict[str, float], others: Bundles, reason: str) -> str:
     nodes = Counter(describe(node["Resources"]) for node in ray.nodes() if node["Alive"])
+    engines = f", and for {len(others)} engines with {describe(others[0])} each (rollout.engines)" if others else ""
+    lower = "train.cpus_per_worker" + " or rollout.cpus_per_engine" * bool(others)
     listed = "; ".join(f"{count} node{'s' * (count > 1)} with {text}" for text, count in nodes.items())
     return (
-        f"train.workers: the job asks for {train.workers} workers with {describe(bundle)} each; "
+        f"train.workers: the job asks for {train.workers} workers with {describe(bundle)} each{engines}; "
         f"{reason}. "
         f"The cluster is {listed}; free now: {describe(ray.available_resources())}. "
-        "Ask for fewer workers, or set train.cpus_per_worker lower"
+        f"Ask for fewer workers{' or engines' * bool(others)}, or set {lower} lower"
     )
+
+
+def _hold(bundles: Bundles) -> bool:
+    """Whether all nodes together have what the bundles need."""
+    total = ray.cluster_resources()
+    return all(sum(bundle.get(name, 0.0) for bundle in bundles) <= total.get(name, 0.0) for name in ("CPU", "GPU"))
 
 
 def _fits(bundle: dict[str, float], count: int) -> bool:

@@ -128,9 +128,7 @@ class StreamTrainer(transformers.Trainer):
                 self.stopped = step.stop
                 self._end()
                 return [], None
-            if self._log_clock is None:
-                self._clock.read(1)
-                self._log_clock = (time.perf_counter(), self.meter.tokens, self.state.global_step)
+            self._start_log_clock()
             step.add_to(self.meter)
             self._taken = list(count.names)
             if self._manifest:
@@ -144,6 +142,12 @@ class StreamTrainer(transformers.Trainer):
         middle = (before + self._progress(1)) / 2
         self._schedule.set(learning_rate_factor(middle, self._settings.scheduler, self._settings.warmup))
         return batches, torch.tensor(self._items(step), device=device)
+
+    def _start_log_clock(self) -> None:
+        """From the first step of this process on."""
+        if self._log_clock is None:
+            self._clock.read(1)
+            self._log_clock = (time.perf_counter(), self.meter.tokens, self.state.global_step)
 
     def _batch(self, table: pa.Table) -> Batch:
         """What the model is called with, and `positions`, for some rows of the stream."""
@@ -353,6 +357,10 @@ class StreamTrainer(transformers.Trainer):
         if not load_trained(self.model, Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _saved_meter(self) -> StreamMeter:
+        """The meter as a checkpoint has it."""
+        return self.meter
+
     def save_own(self, folder: Path) -> None:
         """Write what a stage must know to go on, besides model, optimizer and position. On rank 0."""
 
@@ -376,7 +384,7 @@ class StreamTrainer(transformers.Trainer):
         if self.is_world_process_zero():
             if not self.is_deepspeed_enabled:  # which keeps all of its state itself
                 save_trained(self.model, folder)
-            self.meter.save(folder, self.state.global_step)
+            self._saved_meter().save(folder, self.state.global_step)
             self.save_own(folder)
         score = None
         if self._best is not None and self._evaluated is not None and self._evaluated[0] == self.state.global_step:

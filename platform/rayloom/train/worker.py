@@ -40,6 +40,8 @@ from rayloom.train.kernels import load_cpu_kernels
 from rayloom.train.kto_trainer import KtoTrainer
 from rayloom.train.meter import StreamMeter
 from rayloom.train.monitor import answer
+from rayloom.train.ppo_setup import prepare_model, trainer_parts
+from rayloom.train.ppo_trainer import PpoTrainer
 from rayloom.train.preference_trainer import PreferenceTrainer
 from rayloom.train.reward_trainer import RewardTrainer
 from rayloom.train.trainer import StreamTrainer
@@ -51,6 +53,7 @@ _TRAINERS: dict[str, type[StreamTrainer]] = {
     "reward": RewardTrainer,
     "dpo": PreferenceTrainer,
     "kto": KtoTrainer,
+    "ppo": PpoTrainer,
 }
 
 
@@ -96,6 +99,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _train(config: dict[str, Any]) -> dict[str, Any] | None:
+    if Path(config["folder"]).is_dir():  # Ray Train has gone elsewhere, and paths in the job file are the driver's
+        os.chdir(config["folder"])
     job = JobConfig.model_validate(config["job"])
     monitor, device, sets = config["monitor"], config["device"], len(config["sets"])
     context = ray.train.get_context()
@@ -115,7 +120,8 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
     node = ray.get_runtime_context().get_node_id()
     answer(monitor.post.remote({"kind": "node", "id": node}), f"rank {rank}")
     phase("workers")
-    tables = shards["train"].batches(job.train.batch_size)
+    per_round = getattr(job.stage, "prompts", None)  # of stage ppo, whose batches are of answers
+    tables = shards["train"].batches(per_round // workers if per_round else job.train.batch_size)
     eval_shard = shards.get("eval")
     _quieten(device)
     if device == "cpu":
@@ -152,6 +158,10 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
             cast_trained(model, precision)
         if job.stage.type == "reward":
             attach_value_head(model)
+        elif job.stage.type == "ppo":
+            prepare_model(job, model)
+            dtype = _weight_dtype(job, precision)
+            more |= trainer_parts(job, config["fleet"], model, dtype, precision, rank=rank, ranks=workers)
         leave_out_of_broadcast(model)
         parameters = count_parameters(model)
         start = scratch / "start"

@@ -1,0 +1,137 @@
+"""What of stage ppo does not go together with the rest of the job: told from the job file and the files it names."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from rayloom.config.job import JobConfig
+from rayloom.errors import RequestError
+from rayloom.methods.config import FullConfig, LoraConfig
+from rayloom.methods.optimizers.config import LibraryConfig
+from rayloom.rollout.config import RolloutConfig
+from rayloom.rollout.rewards.combine import reward_names
+from rayloom.rollout.rewards.config import AdapterReward, FormatReward, FunctionReward, LengthReward, RewardsConfig
+from rayloom.rollout.rewards.function import check_function
+from rayloom.stages.ppo_config import PpoConfig
+
+
+def check_ppo(job: JobConfig) -> None:
+    """Refuse what cannot be.
+
+    Raises:
+        RequestError: a fault of each kind that there is.
+    """
+    if not isinstance(job.stage, PpoConfig):
+        faults = list(_left_over(job))
+    else:
+        faults = [*_rounds(job, job.stage), *_engines(job), *_reference(job, job.stage), *_head(job, job.stage)]
+        if job.rewards is None:
+            faults.append("rewards: stage ppo learns from rewards, and there are none; name at least one source")
+        else:
+            faults += _rewards(job, job.rewards)
+    if faults:
+        raise RequestError(*faults)
+
+
+def steps_per_round(job: JobConfig, stage: PpoConfig) -> int:
+    """Optimizer steps of a whole round."""
+    return stage.epochs * stage.prompts * stage.answers // job.train.rows_per_step
+
+
+def _left_over(job: JobConfig) -> Iterator[str]:
+    """Parts that only stage ppo reads."""
+    if job.rewards is not None:
+        yield f"rewards: they are for stage ppo, and this is {job.stage.type}; leave them out"
+    if job.rollout != RolloutConfig():
+        yield f"rollout: engines are for stage ppo, and this is {job.stage.type}; leave it out"
+
+
+def _rounds(job: JobConfig, stage: PpoConfig) -> Iterator[str]:
+    train, answers = job.train, stage.prompts * stage.answers
+    for workers in train.possible_workers:
+        if stage.prompts % workers:
+            yield f"stage.prompts: {stage.prompts} prompts cannot be dealt evenly to {workers} workers (train.workers)"
+            return
+    if answers % train.rows_per_step:
+        yield (
+            f"stage.prompts: {stage.prompts} prompts with {stage.answers} answer(s) each are {answers} answers, no "
+            f"multiple of the {train.rows_per_step} of an optimizer step (workers times batch_size times "
+            "gradient_accumulation, or global_batch_size)"
+        )
+    elif train.max_steps is not None and train.max_steps % (steps := steps_per_round(job, stage)):
+        below = train.max_steps // steps * steps
+        right = f"{below} or {below + steps}" if below else f"{steps}"
+        yield (
+            f"train.max_steps: {train.max_steps} steps end within a round, which has {steps} (stage.epochs times its "
+            f"answers by those of a step); say {right}"
+        )
+
+
+def _engines(job: JobConfig) -> Iterator[str]:
+    """What the engines could not serve."""
+    method, model = job.method, job.model
+    if isinstance(method, LoraConfig):
+        if method.dora:
+            yield "method.dora: the engines serve plain LoRA; leave it out"
+        if method.init.startswith(("pissa", "olora", "loftq")):
+            yield f"method.init: {method.init} changes the base, and the engines have the model's own; use default"
+        if method.merged:
+            yield (
+                "method.adapters: merged adapters change the base, and the engines have the model's own; name one "
+                "adapter, which goes on, or as model.path a model into which they were merged"
+            )
+        if method.extra_modules:
+            yield "method.extra_modules: the engines serve adapters only; leave it out, or use method.type: full"
+    elif not isinstance(method, FullConfig):
+        yield f"method.type: {method.type}: stage ppo trains with lora or full, whose weights the engines can take"
+    for key in ("quantization", "rope_scaling", "add_tokens", "add_special_tokens"):
+        if getattr(model, key):
+            yield f"model.{key}: the engines load the model as it is; leave it out in stage ppo"
+    if model.shifted_attention:
+        yield "model.shifted_attention: the engines attend as the model does; leave it out in stage ppo"
+    if job.train.device == "cpu" and job.rollout.tensor_parallel > 1:
+        yield f"rollout.tensor_parallel: {job.rollout.tensor_parallel} is for GPUs; on CPU it is 1"
+
+
+def _reference(job: JobConfig, stage: PpoConfig) -> Iterator[str]:
+    if not stage.has_reference:
+        return
+    if stage.reference == "copy":
+        if job.train.deepspeed == "zero3":
+            yield "stage.reference: copy: zero3 would not shard the copy; use zero2, or adapter_off"
+        return
+    method = job.method
+    more = "say stage.reference: copy, a second copy of the weights, or stage.kl.coefficient: 0"
+    if not isinstance(method, LoraConfig):
+        yield f"stage.reference: adapter_off: with method.type {method.type} there is no adapter to switch off; {more}"
+    elif method.continues:
+        yield f"stage.reference: adapter_off would compare with the model as it was before method.adapters; {more}"
+
+
+def _head(job: JobConfig, stage: PpoConfig) -> Iterator[str]:
+    if stage.value_learning_rate is not None and not isinstance(job.optimizer, LibraryConfig):
+        yield f"stage.value_learning_rate: optimizer {job.optimizer.type} has one rate for all; leave it out"
+
+
+def _rewards(job: JobConfig, rewards: RewardsConfig) -> Iterator[str]:
+    twice = [name for name, count in Counter(reward_names(rewards)).items() if count > 1]
+    if twice:
+        yield f"rewards.sources: two are called {twice[0]!r}; give each a `name` of its own"
+    for number, source in enumerate(rewards.sources):
+        key = f"rewards.sources[{number}]"
+        if isinstance(source, FunctionReward):
+            try:
+                check_function(source.path, f"{key}.path")
+            except RequestError as error:
+                yield from error.messages
+        elif isinstance(source, FormatReward):
+            try:
+                re.compile(source.pattern)
+            except re.error as error:
+                yield f"{key}.pattern: {source.pattern!r} is no regular expression: {error}"
+        elif isinstance(source, LengthReward) and source.longest <= source.free:
+            yield f"{key}.longest: {source.longest} must be above free ({source.free})"
+        elif isinstance(source, AdapterReward) and not isinstance(job.method, LoraConfig):
+            yield f"{key}.type: adapter: with method.type {job.method.type} the base itself changes; use type: model"
