@@ -5,6 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rayloom.rollout.digest import digest_of
+
+BLOCK = 32
+"""Tokens of a block of the engines' prefix cache."""
+PROBE_TOKENS = 2
+"""Tokens of a probe's answer."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -61,16 +68,22 @@ class Weights:
     """One policy version on its way from the trainer to the engines."""
 
     version: int
-    kind: Literal["adapter", "full"]
+    kind: Literal["adapter", "full", "base"]
+    """`base`: none; the model as the engines have loaded it."""
     tensors: Any
     """Reference (Ray's object store) of `{name: tensor}`, on CPU: of an adapter as PEFT saves it, else as transformers
     does."""
     count: int
     """How many tensors there are."""
     digest: str
-    """`digest_of` the tensors."""
+    """`rollout.digest.digest_of` the tensors."""
     adapter_config: dict[str, Any] | None
     """PEFT's `adapter_config.json`, of an adapter."""
+
+    @classmethod
+    def of_base(cls) -> Weights:
+        """The model as it is, for engines that no trainer sends anything."""
+        return cls(0, "base", None, 0, digest_of({}), None)
 
 
 @dataclass(frozen=True)
@@ -87,3 +100,17 @@ class Probe:
     """The likeliest continuation of the probe prompt under these weights, a few tokens."""
     log_probs: tuple[float, ...]
     """Of each of them, at temperature 1."""
+
+
+def probe_prompt(token_ids: tuple[int, ...]) -> tuple[int, ...]:
+    """A prompt for probes that fills a block of the prefix cache, so that a stale one would show; the ids given are
+    repeated until it does."""
+    return token_ids * -(-(BLOCK + 1) // len(token_ids))
+
+
+def difference(weights: Weights, probe: Probe) -> str | None:
+    """How what an engine serves differs from what was sent; None: it does not."""
+    sent = {"version": weights.version, "tensors": weights.count, "digest": weights.digest}
+    serves = {"version": probe.version, "tensors": probe.count, "digest": probe.digest}
+    faults = [f"{name} {serves[name]} instead of {sent[name]}" for name in sent if serves[name] != sent[name]]
+    return f"engine {probe.engine} serves " + ", ".join(faults) if faults else None

@@ -1,0 +1,37 @@
+"""What tells one set of tensors from another: over names, types, shapes and every byte."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+
+class Digest:
+    """Tensors are added in the order of their names; `count` says how many there were."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.blake2b(digest_size=16)
+        self.count = 0
+
+    def add(self, name: str, tensor: Any) -> None:
+        """Args:
+        tensor: on CPU, of any type and shape.
+        """
+        import torch
+
+        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        self._hash.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        self._hash.update(data)
+        self.count += 1
+
+    def __str__(self) -> str:
+        return self._hash.hexdigest()
+
+
+def digest_of(tensors: Mapping[str, Any]) -> str:
+    """The digest of `{name: tensor}`, tensors on CPU; whatever their order."""
+    digest = Digest()
+    for name in sorted(tensors):
+        digest.add(name, tensors[name])
+    return str(digest)

@@ -1,0 +1,66 @@
+"""The Ray actor around an engine."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from rayloom.rollout.request import Probe, Prompt, Rollout, Sampling, Weights
+from rayloom.rollout.vllm_engine import EngineOptions, VllmEngine
+
+
+@dataclass(frozen=True)
+class Started:
+    """An engine that has started."""
+
+    process: int
+    created: float
+    """When its process was made: with its number it names that one process and no later one."""
+    node: str
+    seconds: float
+    """That loading took."""
+    stop_token_ids: tuple[int, ...]
+
+
+class Engine:
+    """What Ray runs: one call at a time, in the order in which they come."""
+
+    def __init__(self, options: EngineOptions, number: int) -> None:
+        self._options, self._number = options, number
+        self._engine: VllmEngine | None = None
+
+    def identity(self) -> tuple[int, float, str]:
+        """Process id, when it was made, and Ray's id of the node: known before the model is loaded."""
+        import psutil  # type: ignore[import-untyped]
+        import ray
+
+        return os.getpid(), psutil.Process().create_time(), ray.get_runtime_context().get_node_id()
+
+    def boot(self) -> Started:
+        """Load the model."""
+        began = time.monotonic()
+        self._engine = VllmEngine(self._options, self._number)
+        process, created, node = self.identity()
+        return Started(process, created, node, time.monotonic() - began, self._engine.stop_token_ids)
+
+    def sync(self, weights: Weights, prompt: tuple[int, ...]) -> Probe:
+        """Take weights and say what is served then."""
+        import ray
+
+        assert self._engine is not None
+        tensors: dict[str, Any] = ray.get(weights.tensors) if weights.tensors is not None else {}
+        self._engine.take(weights, tensors)
+        return self._engine.probe(prompt)
+
+    def generate(self, prompts: list[Prompt], sampling: Sampling) -> tuple[list[Rollout], float]:
+        """Answers, and the seconds that they took."""
+        assert self._engine is not None
+        began = time.monotonic()
+        return self._engine.generate(prompts, sampling), time.monotonic() - began
+
+    def close(self) -> None:
+        """Remove what the engine has written."""
+        if self._engine is not None:
+            self._engine.close()

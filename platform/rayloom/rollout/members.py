@@ -1,0 +1,308 @@
+"""The engines of a fleet: how they are started, asked, found dead or hanging, ended, and started again."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import suppress
+from typing import Any
+
+import ray
+import ray.exceptions
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from rayloom.errors import JobError, RequestError, first_line
+from rayloom.rollout.config import RolloutConfig
+from rayloom.rollout.engine import Engine
+from rayloom.rollout.health import Health, State
+from rayloom.rollout.request import Probe, Weights, difference
+from rayloom.rollout.vllm_engine import EngineOptions
+
+_RESOURCES_SECONDS = 45.0
+_SAME = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.05}
+"""By how much log-probabilities of two engines with the same weights may differ."""
+
+
+class LostError(Exception):
+    """An engine is dead, or did not answer in time. The message says which, and what was asked of it."""
+
+
+class Member:
+    """An engine as its coordinator sees it."""
+
+    def __init__(self, number: int, config: RolloutConfig) -> None:
+        self.number = number
+        self.health = Health()
+        self.actor: Any = None
+        self.process = 0
+        self.created = 0.0
+        self.node = ""
+        self.seconds = 0.0
+        """That it was busy with answers."""
+        self.revival: asyncio.Task[None] | None = None
+        self.trouble: dict[str, Any] | None = None
+        """The event that is over when it serves again."""
+        self._config = config
+
+    async def call(self, method: str, *arguments: Any, limit: str) -> Any:
+        """Call the actor.
+
+        Args:
+            limit: the key of `RolloutConfig` that says how long it may take.
+
+        Raises:
+            LostError: it died, or the time is over.
+            JobError, RequestError: what the engine itself says.
+        """
+        seconds = getattr(self._config, limit)
+        try:
+            return await asyncio.wait_for(_result(getattr(self.actor, method).remote(*arguments)), seconds)
+        except TimeoutError:
+            self.health = self.health.late()
+            raise LostError(
+                f"the fleet waited {seconds:g} s for engine {self.number} to {method} (rollout.{limit})"
+            ) from None
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, (JobError, RequestError)):
+                raise error.cause from None
+            raise JobError(f"engine {self.number} failed to {method}: {first_line(error.cause)}") from error
+        except ray.exceptions.RayError as error:
+            raise LostError(f"engine {self.number} died while it was to {method}: {first_line(error)}") from None
+
+    def serves(self, version: int) -> None:
+        """It serves a version, and that was checked: what trouble there was is over."""
+        self.health = self.health.synced(version)
+        if self.trouble is not None:
+            self.trouble["seconds"] = round(time.time() - self.trouble["time"], 3)
+            self.trouble = None
+
+
+async def _result(reference: Any) -> Any:
+    return await reference
+
+
+class Members:
+    """All engines, and the weights that they are to serve."""
+
+    def __init__(self, config: RolloutConfig, options: EngineOptions, probe_prompt: tuple[int, ...]) -> None:
+        self._config, self._options, self._probe_prompt = config, options, probe_prompt
+        self.all = [Member(number, config) for number in range(config.engines)]
+        self.events: list[dict[str, Any]] = []
+        self._group: PlacementGroup | None = None
+        self._weights: Weights | None = None
+        self._accepted: Probe | None = None
+        self._restarts = self._syncs = 0
+        self._sync_seconds = 0.0
+        self._failure: BaseException | None = None
+
+    def metrics(self) -> dict[str, float]:
+        version = self._weights.version if self._weights else -1
+        busy = {f"busy_seconds_{member.number}": member.seconds for member in self.all}
+        counts = {"restarts": self._restarts, "version": version, "syncs": self._syncs}
+        return {**counts, "sync_seconds": self._sync_seconds, **busy}
+
+    async def start(self) -> tuple[int, ...]:
+        """Boot all engines; the tokens that end an answer."""
+        await self._reserve()
+        try:
+            booted = await asyncio.gather(*(self._boot(member) for member in self.all))
+        except LostError as error:
+            raise JobError(str(error)) from None
+        return booted[0]
+
+    async def serving(self) -> list[Member]:
+        """The engines that may be asked. Waits for one that is being started, where none is there.
+
+        Raises:
+            JobError: none is there, and none will be.
+        """
+        while not (healthy := [member for member in self.all if member.health.state is State.HEALTHY]):
+            revivals = [member.revival for member in self.all if member.revival is not None]
+            if self._failure is not None:
+                raise self._failure
+            if not revivals:
+                raise JobError("the fleet was asked for answers before it had any weights")
+            await asyncio.wait(revivals, return_when=asyncio.FIRST_COMPLETED)
+        if self._failure is not None:
+            raise self._failure
+        return healthy
+
+    async def sync(self, weights: Weights) -> list[Probe]:
+        """All engines take the weights, also those that are being started."""
+        began = time.monotonic()
+        if self._failure is not None:
+            raise self._failure
+        await asyncio.gather(*(member.revival for member in self.all if member.revival is not None))
+        self._weights, self._accepted = weights, None
+        for member in self.all:
+            if member.health.state in (State.HEALTHY, State.STALE):
+                member.health = member.health.outdated()
+        probes: list[Probe] = []
+        for member, result in zip(
+            self.all, await asyncio.gather(*map(self._give, self.all), return_exceptions=True), strict=True
+        ):
+            if isinstance(result, LostError):
+                self.revive(member, str(result))
+            elif isinstance(result, BaseException):
+                raise result
+            else:
+                probes.append(result)
+        while waiting := [member.revival for member in self.all if member.revival is not None]:
+            await asyncio.gather(*waiting)
+        if self._failure is not None:
+            raise self._failure
+        self._syncs += 1
+        self._sync_seconds += time.monotonic() - began
+        return sorted(probes, key=lambda probe: probe.engine)
+
+    def revive(self, member: Member, why: str) -> None:
+        """Begin to start an engine again, beside what else goes on."""
+        event = {"time": time.time(), "engine": member.number, "what": why, "seconds": None}
+        self.events.append(event)
+        member.health = member.health.died()
+        if self._restarts >= self._config.max_restarts:
+            self._failure = JobError(f"{why}; it is not started again (rollout.max_restarts: {self._restarts})")
+            return
+        self._restarts += 1
+        member.trouble = event
+        member.revival = asyncio.create_task(self._revived(member))
+
+    async def quiet(self) -> None:
+        """Wait until the engines have done what they were asked for."""
+        members = [member for member in self.all if member.health.state is State.HEALTHY]
+        calls = (member.call("identity", limit="generate_timeout") for member in members)
+        for member, result in zip(members, await asyncio.gather(*calls, return_exceptions=True), strict=True):
+            if isinstance(result, LostError):
+                self.revive(member, str(result))
+
+    async def stop(self) -> None:
+        """End all engines and give their resources back."""
+        for member in self.all:
+            if member.revival is not None:
+                member.revival.cancel()
+            if member.actor is not None:
+                with suppress(TimeoutError, ray.exceptions.RayError):
+                    await asyncio.wait_for(_result(member.actor.close.remote()), 5)
+                await self._end(member)
+        if self._group is not None:
+            remove_placement_group(self._group)
+
+    async def _revived(self, member: Member) -> None:
+        """End an engine for good, start it anew, and give it the weights that the others serve."""
+        try:
+            await self._end(member)
+            member.health = member.health.restarted()
+            await self._boot(member)
+            if self._weights is not None:
+                await self._give(member)
+        except LostError as error:
+            self.revive(member, str(error))
+        except (JobError, RequestError) as error:
+            self._failure = error
+        except Exception as error:
+            self._failure = JobError(f"engine {member.number} could not be started again: {first_line(error)}")
+        else:
+            member.revival = None
+            return
+        if member.revival is asyncio.current_task():
+            member.revival = None
+
+    async def _give(self, member: Member) -> Probe:
+        """Have an engine take the weights; from then on it may be asked.
+
+        Raises:
+            JobError: it serves something else, or answers otherwise than the others.
+        """
+        weights = self._weights
+        assert weights is not None
+        probe: Probe = await member.call("sync", weights, self._probe_prompt, limit="sync_timeout")
+        fault = difference(weights, probe)
+        if fault is None and self._accepted is not None:
+            fault = self._deviation(probe, self._accepted)
+        if fault is not None:
+            raise JobError(f"policy version {weights.version} did not arrive: {fault}")
+        self._accepted = self._accepted or probe
+        member.serves(weights.version)
+        return probe
+
+    def _deviation(self, probe: Probe, accepted: Probe) -> str | None:
+        """How an engine's answer to the probe differs from another's with the same weights."""
+        most = max(abs(a - b) for a, b in zip(probe.log_probs, accepted.log_probs, strict=True))
+        if probe.token_ids[0] == accepted.token_ids[0] and probe.token_ids != accepted.token_ids:
+            most = abs(probe.log_probs[0] - accepted.log_probs[0])  # behind a near tie the texts part
+        if most <= _SAME[self._options.precision]:
+            return None
+        return (
+            f"engine {probe.engine} answers the probe otherwise than engine {accepted.engine}: "
+            f"log-probabilities differ by {most:.4f}"
+        )
+
+    # --- processes ----------------------------------------------------------------------------------------------------
+
+    async def _reserve(self) -> None:
+        """Take the resources of all engines.
+
+        Raises:
+            RequestError: there are not so many in the cluster.
+        """
+        config, options = self._config, self._options
+        bundle = {"CPU": float(config.cpus_per_engine)}
+        if options.device == "gpu":
+            bundle["GPU"] = float(config.tensor_parallel)
+        # An engine on CPU computes with all cores of its node; on GPUs neighbours cost nothing.
+        strategy = "PACK" if options.device == "gpu" else "SPREAD"
+        self._group = placement_group([bundle] * config.engines, strategy=strategy)
+        try:
+            await asyncio.wait_for(_result(self._group.ready()), _RESOURCES_SECONDS)
+        except TimeoutError:
+            remove_placement_group(self._group)
+            need = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
+            has, free = ray.cluster_resources(), ray.available_resources()
+            there = ", ".join(f"{has.get(name, 0):g} {name} ({free.get(name, 0):g} free)" for name in bundle)
+            raise RequestError(
+                f"rollout.engines: {config.engines}: each needs {need}, and the cluster has {there}; "
+                "use fewer engines, or lower rollout.cpus_per_engine"
+            ) from None
+
+    async def _boot(self, member: Member) -> tuple[int, ...]:
+        """Start an engine's actor and load the model."""
+        config, options = self._config, self._options
+        assert self._group is not None
+        cores = max((int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"]), default=1)
+        remote: Any = ray.remote  # its hints do not know all of its options
+        member.actor = remote(
+            num_cpus=config.cpus_per_engine,
+            num_gpus=config.tensor_parallel if options.device == "gpu" else 0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, member.number),
+            runtime_env={"env_vars": options.environment(cores)},
+        )(Engine).remote(options, member.number)
+        member.process, member.created, member.node = await member.call("identity", limit="start_timeout")
+        started = await member.call("boot", limit="start_timeout")
+        member.health = member.health.booted()
+        return tuple(started.stop_token_ids)
+
+    async def _end(self, member: Member) -> None:
+        """End an engine's process, also one that hangs: Ray asks a process to end, and that one does not listen."""
+        ray.kill(member.actor)
+        if not member.process:
+            return
+        there = NodeAffinitySchedulingStrategy(member.node, soft=False)
+        remote: Any = ray.remote
+        ender = remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_end_process)
+        with suppress(TimeoutError, ray.exceptions.RayError):  # where the node is gone, so is the process
+            await asyncio.wait_for(_result(ender.remote(member.process, member.created)), 30)
+        member.process = 0
+
+
+def _end_process(process: int, created: float) -> None:
+    """Runs on the engine's node. A later process may have the same number, hence the time."""
+    import psutil  # type: ignore[import-untyped]
+
+    try:
+        found = psutil.Process(process)
+        if abs(found.create_time() - created) < 1:
+            found.kill()
+            found.wait(timeout=20)
+    except (psutil.NoSuchProcess, psutil.TimeoutExpired):
+        pass

@@ -1,0 +1,324 @@
+"""vLLM behind one class: the only file that knows its API, and the versions of it that were tried."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rayloom.errors import JobError, RequestError
+from rayloom.models.source import model_folder
+from rayloom.rollout.digest import Digest, digest_of
+from rayloom.rollout.request import BLOCK, PROBE_TOKENS, Probe, Prompt, Rollout, Sampling, Weights
+
+VERSION = "0.32"
+"""The vLLM that this file was written for: its calls for weights change between minor versions."""
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_MEMORY = Path("/dev/shm")
+_VARIABLES = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions go to vLLM's workers, where there are several
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What an engine is started with."""
+
+    model: str
+    """`model.path`."""
+    precision: str
+    """"bf16", "fp16" or "fp32"."""
+    max_length: int
+    """Longest prompt and answer together, in tokens."""
+    adapter_rank: int | None = None
+    """Highest rank of an adapter that it may get; None: it gets whole weights, or none."""
+    device: Literal["cpu", "gpu"] = "cpu"
+    tensor_parallel: int = 1
+    kv_cache_gib: float = 1.0
+    gpu_memory: float = 0.85
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end an answer, besides those that the model's folder names."""
+    seed: int = 0
+    trust_remote_code: bool = False
+
+    def environment(self, threads: int) -> dict[str, str]:
+        """Variables of the engine's process, from its very start: OpenMP and vLLM read them on import.
+
+        Args:
+            threads: that it computes with, on CPU.
+        """
+        # In the engine's own process vLLM binds no threads: there are as many as OpenMP is told, wherever the system
+        # puts them, beside trainers that use the same cores in turn.
+        return _VARIABLES | ({"OMP_NUM_THREADS": str(threads)} if self.device == "cpu" else {})
+
+
+def check_vllm() -> None:
+    """Raises:
+    RequestError: vLLM is not there, or is another version.
+    """
+    try:
+        import vllm
+    except ImportError as error:
+        raise RequestError(
+            f"rollout: the engines need vLLM, and it does not load here ({error}); `make setup` installs it, for GPUs "
+            f"`pip install vllm=={VERSION}.0`"
+        ) from None
+    if not vllm.__version__.startswith(f"{VERSION}."):
+        raise RequestError(f"rollout: vLLM {vllm.__version__} is installed; the engines need {VERSION}")
+
+
+def adapter_rank_limit(rank: int) -> int:
+    """The least limit of ranks that vLLM offers for adapters of this rank.
+
+    Raises:
+        RequestError: there is none.
+    """
+    for limit in _RANKS:
+        if rank <= limit:
+            return limit
+    raise RequestError(f"method.rank: {rank}: the engines serve adapters up to rank {_RANKS[-1]}")
+
+
+class VllmEngine:
+    """One engine, in this process. Not for several threads."""
+
+    def __init__(self, options: EngineOptions, number: int = 0) -> None:
+        """Load the model. Seconds to minutes.
+
+        Raises:
+            RequestError: no vLLM of the right version; a rank that it has not.
+        """
+        check_vllm()
+        for name, value in _VARIABLES.items():
+            os.environ.setdefault(name, value)
+        from vllm import LLM
+
+        self._options, self._number = options, number
+        arguments: dict[str, Any] = {"dtype": _TYPES[options.precision]}
+        if options.adapter_rank is not None:
+            rank = adapter_rank_limit(options.adapter_rank)
+            arguments |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1}
+        if options.device == "cpu":
+            arguments |= {"kv_cache_memory_bytes": int(options.kv_cache_gib * 2**30), "block_size": BLOCK}
+        else:
+            arguments |= {"gpu_memory_utilization": options.gpu_memory, "tensor_parallel_size": options.tensor_parallel}
+        self._llm: Any = LLM(
+            model=model_folder(options.model),
+            max_model_len=options.max_length,
+            enforce_eager=options.device == "cpu",
+            enable_prefix_caching=True,
+            logprobs_mode="processed_logprobs",
+            seed=options.seed,
+            trust_remote_code=options.trust_remote_code,
+            disable_log_stats=True,
+            **arguments,
+        )
+        self._folder = Path(tempfile.mkdtemp(prefix="rayloom-adapters-", dir=_MEMORY if _MEMORY.is_dir() else None))
+        self._serial = 0
+        self._adapter: Any = None  # the LoRARequest that every prompt goes with
+        self._version: int | None = None
+        self._loaded = (0, digest_of({}))  # of whole weights: how many tensors the model has read, and which
+        self._new = False  # weights came, and no prompt has been answered with them yet
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer: the tokenizer's, the model folder's, the options'."""
+        generation = self._llm.model_config.try_get_generation_config().get("eos_token_id")
+        own = generation if isinstance(generation, list) else [generation]
+        tokenizer = self._llm.get_tokenizer().eos_token_id
+        ids = {*own, tokenizer, *self._options.stop_token_ids} - {None}
+        return tuple(sorted(ids))
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        """Answer prompts, ordered by (prompt as given, sample). What an answer is depends on its seed, not on the
+        others, but for the rounding of sums in batches of another size.
+
+        Raises:
+            JobError: it has no weights yet.
+            RequestError: a prompt is too long.
+        """
+        if self._version is None:
+            raise JobError(f"engine {self._number} was asked before it had any weights")
+        longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
+        if longest + sampling.max_tokens > self._options.max_length:
+            raise RequestError(
+                f"rollout.max_tokens: {sampling.max_tokens}: with a prompt of {longest} tokens it passes the engines' "
+                f"length of {self._options.max_length}"
+            )
+        asked = [(prompt, sample) for prompt in prompts for sample in range(prompt.samples)]
+        outputs = self._ask(
+            [prompt.token_ids for prompt, _ in asked],
+            [self._parameters(sampling, seed=prompt.seed + sample) for prompt, sample in asked],
+        )
+        return [
+            Rollout(
+                prompt=prompt.number,
+                sample=sample,
+                token_ids=tuple(answer.token_ids),
+                log_probs=_log_probs(answer),
+                finish_reason=answer.finish_reason,
+                policy_version=self._version,
+                engine=self._number,
+            )
+            for (prompt, sample), answer in zip(asked, (output.outputs[0] for output in outputs), strict=True)
+        ]
+
+    def take(self, weights: Weights, tensors: Mapping[str, Any]) -> None:
+        """Serve these weights from now on.
+
+        Args:
+            tensors: what `weights.tensors` refers to.
+        """
+        if weights.kind == "adapter":
+            self._take_adapter(weights, tensors)
+        elif weights.kind == "full":
+            digest = Digest()
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": _read(tensors, digest)})
+            self._llm.reset_prefix_cache()  # its keys do not say of which weights they are
+            self._loaded = (digest.count, str(digest))
+        self._version, self._new = weights.version, True
+
+    def probe(self, prompt: Sequence[int]) -> Probe:
+        """What it serves: count and digest of the tensors that are there, and a short greedy answer.
+
+        Args:
+            prompt: at least a block of the prefix cache long (`request.probe_prompt`).
+
+        Raises:
+            JobError: keys and values of old weights are in use.
+        """
+        assert self._version is not None
+        count, digest = self._loaded
+        if self._adapter is not None:
+            resident = self._resident()
+            count, digest = len(resident), digest_of(resident)
+        (output,) = self._ask([prompt], [self._parameters(Sampling(PROBE_TOKENS, temperature=0), ignore_eos=True)])
+        if self._new and output.num_cached_tokens:
+            raise JobError(
+                f"engine {self._number} answered policy version {self._version} from keys and values of earlier "
+                f"weights ({output.num_cached_tokens} tokens of its prefix cache)"
+            )
+        self._new = False
+        answer = output.outputs[0]
+        ids = tuple(answer.token_ids)
+        return Probe(self._number, self._version, count, digest, ids, _log_probs(answer))
+
+    def close(self) -> None:
+        """Remove what it has written."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _take_adapter(self, weights: Weights, tensors: Mapping[str, Any]) -> None:
+        """Adapters come as folders. A new one for each, with a number of its own: under an old name vLLM would serve
+        the old adapter, or the new one with the old one's keys and values."""
+        from safetensors.torch import save_file
+        from vllm.lora.request import LoRARequest
+
+        self._serial += 1
+        name = f"version-{weights.version}-{self._serial}"
+        folder = self._folder / name
+        folder.mkdir()
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps(weights.adapter_config), encoding="utf-8")
+        old, self._adapter = self._adapter, LoRARequest(name, self._serial, str(folder))
+        self._llm.llm_engine.add_lora(self._adapter)
+        if old is not None:
+            self._llm.llm_engine.remove_lora(old.lora_int_id)
+            shutil.rmtree(old.lora_path, ignore_errors=True)
+
+    def _resident(self) -> dict[str, Any]:
+        """Of the tensors of the adapter's folder those that vLLM holds, under the number that prompts go with."""
+        held: list[set[str]] = self._llm.collective_rpc(
+            _held_tensors, args=(self._adapter.lora_int_id, self._adapter.lora_path)
+        )
+        everywhere = set.intersection(*held)
+        return {name: tensor for name, tensor in _stored(self._adapter.lora_path).items() if name in everywhere}
+
+    def _ask(self, prompts: Sequence[Sequence[int]], parameters: Sequence[Any]) -> list[Any]:
+        return self._llm.generate(
+            [{"prompt_token_ids": list(ids)} for ids in prompts],
+            list(parameters),
+            lora_request=self._adapter,
+            use_tqdm=False,
+        )
+
+    def _parameters(self, sampling: Sampling, *, seed: int | None = None, ignore_eos: bool = False) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            max_tokens=sampling.max_tokens,
+            min_tokens=sampling.min_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            seed=seed,
+            stop=list(sampling.stop),
+            stop_token_ids=list(self._options.stop_token_ids),
+            ignore_eos=ignore_eos,
+            logprobs=0,  # of the token that was drawn, and no others
+            detokenize=bool(sampling.stop),
+        )
+
+
+def _log_probs(answer: Any) -> tuple[float, ...]:
+    return tuple(step[token].logprob for token, step in zip(answer.token_ids, answer.logprobs, strict=True))
+
+
+def _read(tensors: Mapping[str, Any], digest: Digest) -> Iterator[tuple[str, Any]]:
+    """Hand tensors to the model, and keep account of those that it asks for."""
+    for name in sorted(tensors):
+        digest.add(name, tensors[name])
+        yield name, tensors[name]
+
+
+def _stored(folder: str) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(Path(folder) / "adapter_model.safetensors")
+
+
+def _held_tensors(worker: Any, number: int, folder: str) -> set[str]:
+    """Runs in vLLM's worker: which tensors of a folder it holds as adapter `number`, equal in every element.
+
+    vLLM casts them to its own type, multiplies the factor `alpha / rank` into B, and joins layers that it computes
+    together (q, k and v).
+    """
+    import torch
+    from vllm.lora.utils import parse_fine_tuned_lora_name
+
+    runner = worker.model_runner
+    manager = runner.lora_manager._adapter_manager
+    adapter = manager.get_adapter(number)
+    if adapter is None:
+        return set()
+    parts: dict[str, tuple[Any, Any]] = {}
+    for name, layer in adapter.loras.items():
+        if name in manager.packed_modules:
+            names = manager.packed_modules[name]
+            parts |= {part: pair for part, *pair in zip(names, layer.lora_a, layer.lora_b, strict=True)}
+        else:
+            parts[name] = (layer.lora_a, layer.lora_b)
+    config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    rank, alpha = config["r"], config["lora_alpha"]
+    scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+    mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
+    renames = mapper.get_rename_mapper() if mapper is not None else None
+    held = set()
+    for name, tensor in _stored(folder).items():
+        module, is_a = parse_fine_tuned_lora_name(name, renames)
+        there = parts.get(module, (None, None))[0 if is_a else 1]
+        wanted = tensor.to(runner.lora_config.lora_dtype)
+        if not is_a and scale != 1:
+            wanted = wanted * scale
+        if there is not None and torch.equal(there, wanted):
+            held.add(name)
+    return held
