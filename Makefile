@@ -3,7 +3,7 @@
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-models test-ray test-slow test-tokenizers bench bench-data bench-memory bench-preference matrix techniques lint format clean
+.PHONY: help setup demo test test-unit test-models test-ray test-engine test-slow test-tokenizers bench bench-data bench-memory bench-preference matrix techniques lint format clean
 # Checks go from quick to slow, and two test runs at once would starve each other.
 .NOTPARALLEL:
 
@@ -16,7 +16,7 @@ setup: ## make .venv, or bring it up to date (well under a second when it is)
 demo: setup ## train a small model from start to finish on this machine
 	$(RUN) .venv/bin/python jobs/demo.py
 
-test: lint test-unit test-models test-ray ## lint, types and all tests: what CI runs
+test: lint test-unit test-models test-ray test-engine ## lint, types and all tests: what CI runs
 
 test-unit: setup ## tests that need no Ray
 	$(RUN) OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/unit --numprocesses auto --maxprocesses 4 --dist loadfile
@@ -26,6 +26,9 @@ test-models: setup ## a dozen model types of widely different architecture, from
 
 test-ray: setup ## tests on a local Ray cluster
 	$(RUN) .venv/bin/python -m pytest tests/ray -m "not slow"
+
+test-engine: setup ## tests with vLLM engines, alone and as a fleet
+	$(RUN) .venv/bin/python -m pytest tests/engine -m "not slow"
 
 test-slow: setup ## tests on Ray that start the workers several times, kill them, or run the recipes (long)
 	$(RUN) .venv/bin/python -m pytest tests/ray -m slow

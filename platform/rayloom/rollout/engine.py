@@ -33,7 +33,7 @@ class Engine:
 
     def identity(self) -> tuple[int, float, str]:
         """Process id, when it was made, and Ray's id of the node: known before the model is loaded."""
-        import psutil
+        import psutil  # type: ignore[import-untyped]
         import ray
 
         return os.getpid(), psutil.Process().create_time(), ray.get_runtime_context().get_node_id()

@@ -20,7 +20,7 @@ import ray
 from rayloom.errors import JobError, RequestError, first_line
 from rayloom.rollout.balance import split, work_of
 from rayloom.rollout.config import RolloutConfig
-from rayloom.rollout.members import Lost, Member, Members
+from rayloom.rollout.members import LostError, Member, Members
 from rayloom.rollout.request import Probe, Prompt, Rollout, Sampling, Weights
 from rayloom.rollout.vllm_engine import EngineOptions
 
@@ -144,7 +144,7 @@ class Fleet:
         """An engine's answers; None: it is lost, and is being started again."""
         try:
             rollouts, seconds = await member.call("generate", prompts, sampling, limit="generate_timeout")
-        except Lost as error:
+        except LostError as error:
             self._members.revive(member, str(error))
             return None
         member.seconds += seconds
@@ -306,8 +306,10 @@ def start_fleet(config: RolloutConfig, options: EngineOptions, probe_prompt: Seq
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor: Any = ray.remote(num_cpus=0, max_concurrency=1000, scheduling_strategy=here)(Fleet)
-    fleet = actor.remote(config, options, tuple(probe_prompt))
+    remote: Any = ray.remote  # its hints do not know all of its options
+    fleet = remote(num_cpus=0, max_concurrency=1000, scheduling_strategy=here)(Fleet).remote(
+        config, options, tuple(probe_prompt)
+    )
     tries = config.max_restarts + 2
     patience = tries * (config.generate_timeout + config.start_timeout + config.sync_timeout) + 60
     client = FleetClient(fleet, patience, tuple(probe_prompt), ())

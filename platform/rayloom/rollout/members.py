@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -23,7 +24,7 @@ _SAME = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.05}
 """By how much log-probabilities of two engines with the same weights may differ."""
 
 
-class Lost(Exception):
+class LostError(Exception):
     """An engine is dead, or did not answer in time. The message says which, and what was asked of it."""
 
 
@@ -51,7 +52,7 @@ class Member:
             limit: the key of `RolloutConfig` that says how long it may take.
 
         Raises:
-            Lost: it died, or the time is over.
+            LostError: it died, or the time is over.
             JobError, RequestError: what the engine itself says.
         """
         seconds = getattr(self._config, limit)
@@ -59,7 +60,7 @@ class Member:
             return await asyncio.wait_for(_result(getattr(self.actor, method).remote(*arguments)), seconds)
         except TimeoutError:
             self.health = self.health.late()
-            raise Lost(
+            raise LostError(
                 f"the fleet waited {seconds:g} s for engine {self.number} to {method} (rollout.{limit})"
             ) from None
         except ray.exceptions.RayTaskError as error:
@@ -67,7 +68,7 @@ class Member:
                 raise error.cause from None
             raise JobError(f"engine {self.number} failed to {method}: {first_line(error.cause)}") from error
         except ray.exceptions.RayError as error:
-            raise Lost(f"engine {self.number} died while it was to {method}: {first_line(error)}") from None
+            raise LostError(f"engine {self.number} died while it was to {method}: {first_line(error)}") from None
 
     def serves(self, version: int) -> None:
         """It serves a version, and that was checked: what trouble there was is over."""
@@ -106,7 +107,7 @@ class Members:
         await self._reserve()
         try:
             booted = await asyncio.gather(*(self._boot(member) for member in self.all))
-        except Lost as error:
+        except LostError as error:
             raise JobError(str(error)) from None
         return booted[0]
 
@@ -141,7 +142,7 @@ class Members:
         for member, result in zip(
             self.all, await asyncio.gather(*map(self._give, self.all), return_exceptions=True), strict=True
         ):
-            if isinstance(result, Lost):
+            if isinstance(result, LostError):
                 self.revive(member, str(result))
             elif isinstance(result, BaseException):
                 raise result
@@ -172,7 +173,7 @@ class Members:
         members = [member for member in self.all if member.health.state is State.HEALTHY]
         calls = (member.call("identity", limit="generate_timeout") for member in members)
         for member, result in zip(members, await asyncio.gather(*calls, return_exceptions=True), strict=True):
-            if isinstance(result, Lost):
+            if isinstance(result, LostError):
                 self.revive(member, str(result))
 
     async def stop(self) -> None:
@@ -181,10 +182,8 @@ class Members:
             if member.revival is not None:
                 member.revival.cancel()
             if member.actor is not None:
-                try:
+                with suppress(TimeoutError, ray.exceptions.RayError):
                     await asyncio.wait_for(_result(member.actor.close.remote()), 5)
-                except (TimeoutError, ray.exceptions.RayError):
-                    pass
                 await self._end(member)
         if self._group is not None:
             remove_placement_group(self._group)
@@ -197,7 +196,7 @@ class Members:
             await self._boot(member)
             if self._weights is not None:
                 await self._give(member)
-        except Lost as error:
+        except LostError as error:
             self.revive(member, str(error))
         except (JobError, RequestError) as error:
             self._failure = error
@@ -234,7 +233,10 @@ class Members:
             most = abs(probe.log_probs[0] - accepted.log_probs[0])  # behind a near tie the texts part
         if most <= _SAME[self._options.precision]:
             return None
-        return f"engine {probe.engine} answers the probe otherwise than engine {accepted.engine}: log-probabilities differ by {most:.4f}"
+        return (
+            f"engine {probe.engine} answers the probe otherwise than engine {accepted.engine}: "
+            f"log-probabilities differ by {most:.4f}"
+        )
 
     # --- processes ----------------------------------------------------------------------------------------------------
 
@@ -266,14 +268,15 @@ class Members:
     async def _boot(self, member: Member) -> tuple[int, ...]:
         """Start an engine's actor and load the model."""
         config, options = self._config, self._options
+        assert self._group is not None
         cores = max((int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"]), default=1)
-        actor: Any = ray.remote(
+        remote: Any = ray.remote  # its hints do not know all of its options
+        member.actor = remote(
             num_cpus=config.cpus_per_engine,
             num_gpus=config.tensor_parallel if options.device == "gpu" else 0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, member.number),
             runtime_env={"env_vars": options.environment(cores)},
-        )(Engine)
-        member.actor = actor.remote(options, member.number)
+        )(Engine).remote(options, member.number)
         member.process, member.created, member.node = await member.call("identity", limit="start_timeout")
         started = await member.call("boot", limit="start_timeout")
         member.health = member.health.booted()
@@ -285,17 +288,16 @@ class Members:
         if not member.process:
             return
         there = NodeAffinitySchedulingStrategy(member.node, soft=False)
-        try:
-            ender: Any = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_end_process)
+        remote: Any = ray.remote
+        ender = remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_end_process)
+        with suppress(TimeoutError, ray.exceptions.RayError):  # where the node is gone, so is the process
             await asyncio.wait_for(_result(ender.remote(member.process, member.created)), 30)
-        except (TimeoutError, ray.exceptions.RayError):
-            pass  # the node is gone, and the process with it
         member.process = 0
 
 
 def _end_process(process: int, created: float) -> None:
     """Runs on the engine's node. A later process may have the same number, hence the time."""
-    import psutil
+    import psutil  # type: ignore[import-untyped]
 
     try:
         found = psutil.Process(process)

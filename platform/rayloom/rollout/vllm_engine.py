@@ -19,6 +19,7 @@ from rayloom.rollout.request import BLOCK, PROBE_TOKENS, Probe, Prompt, Rollout,
 VERSION = "0.32"
 """The vLLM that this file was written for: its calls for weights change between minor versions."""
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _MEMORY = Path("/dev/shm")
 _VARIABLES = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -103,7 +104,7 @@ class VllmEngine:
         from vllm import LLM
 
         self._options, self._number = options, number
-        arguments: dict[str, Any] = {}
+        arguments: dict[str, Any] = {"dtype": _TYPES[options.precision]}
         if options.adapter_rank is not None:
             rank = adapter_rank_limit(options.adapter_rank)
             arguments |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1}
@@ -111,9 +112,8 @@ class VllmEngine:
             arguments |= {"kv_cache_memory_bytes": int(options.kv_cache_gib * 2**30), "block_size": BLOCK}
         else:
             arguments |= {"gpu_memory_utilization": options.gpu_memory, "tensor_parallel_size": options.tensor_parallel}
-        self._llm = LLM(
+        self._llm: Any = LLM(
             model=model_folder(options.model),
-            dtype={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[options.precision],
             max_model_len=options.max_length,
             enforce_eager=options.device == "cpu",
             enable_prefix_caching=True,
@@ -304,7 +304,7 @@ def _held_tensors(worker: Any, number: int, folder: str) -> set[str]:
     for name, layer in adapter.loras.items():
         if name in manager.packed_modules:
             names = manager.packed_modules[name]
-            parts |= {part: pair for part, *pair in zip(names, layer.lora_a, layer.lora_b, strict=True)}  # type: ignore[misc]
+            parts |= {part: pair for part, *pair in zip(names, layer.lora_a, layer.lora_b, strict=True)}
         else:
             parts[name] = (layer.lora_a, layer.lora_b)
     config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))

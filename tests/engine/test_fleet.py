@@ -1,0 +1,172 @@
+"""A fleet of two real engines on a local cluster: rounds, weights, and engines that die or hang."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.engine.reference import PROBE, adapted, adapter_weights, agrees, prompts, referring
+
+from rayloom.errors import JobError, RequestError
+from rayloom.rollout.config import RolloutConfig
+from rayloom.rollout.fleet import FleetClient, start_fleet
+from rayloom.rollout.request import Rollout, Sampling, Weights
+from rayloom.rollout.vllm_engine import EngineOptions
+
+CONFIG = RolloutConfig(
+    engines=2, kv_cache_gib=0.25, generate_timeout=20, sync_timeout=60, start_timeout=200, max_restarts=4
+)
+DRAWN = Sampling(max_tokens=100, temperature=0.7, min_tokens=100)
+SHORT = Sampling(max_tokens=8, temperature=0.7)
+
+
+def _options(model: Path) -> EngineOptions:
+    return EngineOptions(str(model), "fp32", 256, adapter_rank=4, kv_cache_gib=0.25)
+
+
+@pytest.fixture(scope="module")
+def fleet(tiny_model: Path, cluster: None) -> Iterator[FleetClient]:
+    client = start_fleet(CONFIG, _options(tiny_model), PROBE)
+    yield client
+    client.stop()
+
+
+@pytest.fixture(scope="module")
+def numbers() -> Iterator[Any]:
+    """Numbers of rounds and versions, each once."""
+    return iter(range(1, 1000))
+
+
+def _sync(fleet: FleetClient, model: Path, version: int) -> Any:
+    policy = adapted(model, version)
+    probes = fleet.sync(referring(*adapter_weights(policy, version)))
+    assert [probe.engine for probe in probes] == [0, 1]
+    assert all(agrees(policy, probe) for probe in probes)
+    return policy
+
+
+def _texts(rollouts: list[Rollout]) -> list[tuple[int, int, tuple[int, ...]]]:
+    return [(rollout.prompt, rollout.sample, rollout.token_ids) for rollout in rollouts]
+
+
+def test_ranks_get_the_answers_to_their_own_prompts(tiny_model: Path, fleet: FleetClient, numbers: Any) -> None:
+    version = next(numbers)
+    _sync(fleet, tiny_model, version)
+    asked = prompts(9, samples=2)
+    first, second, third = next(numbers), next(numbers), next(numbers)
+    whole = fleet.generate(first, 0, 1, asked, SHORT)
+    assert [(r.prompt, r.sample) for r in whole] == [(n, s) for n in range(9) for s in range(2)]
+    assert {r.engine for r in whole} == {0, 1}
+    assert {r.policy_version for r in whole} == {version}
+    for number, order in ((second, (0, 1)), (third, (1, 0))):  # whoever asks first
+        pending = {rank: fleet.ask(number, rank, 2, asked[rank::2], SHORT) for rank in order}
+        parts = {rank: pending[rank].collect() for rank in (0, 1)}
+        assert _texts(parts[0]) == [text for text in _texts(whole) if text[0] % 2 == 0]
+        assert _texts(parts[1]) == [text for text in _texts(whole) if text[0] % 2 == 1]
+        engines = {(r.prompt, r.sample): r.engine for r in [*parts[0], *parts[1]]}
+        assert engines == {(r.prompt, r.sample): r.engine for r in whole}
+
+
+def test_weights_come_behind_rounds_that_were_asked_for(tiny_model: Path, fleet: FleetClient, numbers: Any) -> None:
+    old, new, first, second = (next(numbers) for _ in range(4))
+    _sync(fleet, tiny_model, old)
+    before = fleet.ask(first, 0, 1, prompts(4), SHORT)
+    _sync(fleet, tiny_model, new)
+    after = fleet.ask(second, 0, 1, prompts(4), SHORT)
+    assert {r.policy_version for r in before.collect()} == {old}
+    assert {r.policy_version for r in after.collect()} == {new}
+    metrics = fleet.metrics()
+    assert metrics["version"] == new
+    assert metrics["tokens"] > 0
+
+
+def test_weights_that_are_not_what_was_said_stop_the_job(tiny_model: Path, fleet: FleetClient, numbers: Any) -> None:
+    version = next(numbers)
+    weights, tensors = adapter_weights(adapted(tiny_model, version), version)
+    lost = sorted(tensors)[3]
+    with pytest.raises(JobError, match=rf"version {version} did not arrive: engine \d serves tensors .* instead of"):
+        fleet.sync(referring(weights, {name: tensor for name, tensor in tensors.items() if name != lost}))
+    _sync(fleet, tiny_model, next(numbers))  # the engines are still there
+
+
+def test_an_engine_that_is_killed_comes_back_with_the_weights(
+    tiny_model: Path, fleet: FleetClient, numbers: Any
+) -> None:
+    version, *rounds = (next(numbers) for _ in range(4))
+    _sync(fleet, tiny_model, version)
+    asked = prompts(48)
+    undisturbed = fleet.generate(rounds[0], 0, 1, asked, DRAWN)
+    pending = fleet.ask(rounds[1], 0, 1, asked, DRAWN)
+    time.sleep(0.5)
+    os.kill(fleet.processes()[1], signal.SIGKILL)
+    disturbed = pending.collect()
+    assert _texts(disturbed) == _texts(undisturbed)
+    assert {r.policy_version for r in disturbed} == {version}
+    event = _served_again(fleet)
+    assert event["engine"] == 1
+    assert "engine 1 died while it was to generate" in event["what"]
+    assert 0 < event["seconds"] < 120
+    afterwards = fleet.generate(rounds[2], 0, 1, asked, DRAWN)
+    assert {r.engine for r in afterwards} == {0, 1}
+    assert _texts(afterwards) == _texts(undisturbed)
+    assert fleet.metrics()["restarts"] == 1
+    _sync(fleet, tiny_model, next(numbers))
+
+
+def test_an_engine_that_hangs_is_ended_and_started_again(tiny_model: Path, fleet: FleetClient, numbers: Any) -> None:
+    version, first = next(numbers), next(numbers)
+    _sync(fleet, tiny_model, version)
+    hanging = fleet.processes()[0]
+    os.kill(hanging, signal.SIGSTOP)
+    rollouts = fleet.generate(first, 0, 1, prompts(6), SHORT)
+    assert {r.policy_version for r in rollouts} == {version}
+    assert {r.engine for r in rollouts} == {1}
+    event = _served_again(fleet)
+    assert "the fleet waited 20 s for engine 0 to generate (rollout.generate_timeout)" in event["what"]
+    assert fleet.processes()[0] != hanging
+    with pytest.raises(ProcessLookupError):
+        os.kill(hanging, 0)
+
+
+def test_ranks_that_do_not_ask_are_named(fleet: FleetClient, numbers: Any, tiny_model: Path) -> None:
+    number = next(numbers)
+    pending = fleet.ask(number, 1, 3, prompts(2), SHORT)
+    with pytest.raises(JobError, match=rf"waited 20 s for the prompts of rank 0, 2 in round {number}"):
+        pending.collect()
+
+
+def test_rounds_of_workers_that_are_gone_are_dropped(fleet: FleetClient, numbers: Any, tiny_model: Path) -> None:
+    number = next(numbers)
+    pending = fleet.ask(number, 0, 2, prompts(2), SHORT)
+    fleet.abandon()
+    with pytest.raises(JobError, match=f"round {number} was dropped"):
+        pending.collect()
+    assert len(fleet.generate(number, 0, 1, prompts(2), SHORT)) == 2
+
+
+def test_more_engines_than_the_cluster_holds(tiny_model: Path, cluster: None) -> None:
+    began = time.monotonic()
+    with pytest.raises(RequestError, match=r"rollout.engines: 9: each needs 1 CPU, and the cluster has 4 CPU"):
+        start_fleet(CONFIG.model_copy(update={"engines": 9}), _options(tiny_model), PROBE)
+    assert time.monotonic() - began < 60
+
+
+def test_a_fleet_without_a_trainer_serves_the_model_itself(fleet: FleetClient, numbers: Any) -> None:
+    (probe, _) = fleet.sync(Weights.of_base())
+    assert (probe.version, probe.count) == (0, 0)
+    assert len(fleet.generate(next(numbers), 0, 1, [replace(prompts(1)[0], samples=3)], SHORT)) == 3
+
+
+def _served_again(fleet: FleetClient) -> dict[str, Any]:
+    """The last event, once it is over."""
+    deadline = time.monotonic() + 120
+    while (event := fleet.events()[-1])["seconds"] is None:
+        assert time.monotonic() < deadline, event
+        time.sleep(0.5)
+    return event

@@ -1,0 +1,202 @@
+"""One real vLLM engine in this process, against transformers and PEFT in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.engine import reference
+from tests.engine.reference import (
+    PROBE,
+    adapted,
+    adapter_weights,
+    agrees,
+    base,
+    full_weights,
+    greedy,
+    log_probs,
+    prompts,
+)
+
+from rayloom.errors import JobError, RequestError
+from rayloom.rollout.request import Sampling, Weights, difference
+from rayloom.rollout.vllm_engine import EngineOptions, VllmEngine, adapter_rank_limit
+
+GREEDY = Sampling(max_tokens=12, temperature=0)
+DRAWN = Sampling(max_tokens=16, temperature=0.7)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path) -> Iterator[VllmEngine]:
+    engine = VllmEngine(EngineOptions(str(tiny_model), "fp32", 256, adapter_rank=4, kv_cache_gib=0.25))
+    yield engine
+    engine.close()
+
+
+def _send(engine: VllmEngine, model: Any, version: int) -> Weights:
+    weights, tensors = adapter_weights(model, version)
+    engine.take(weights, tensors)
+    return weights
+
+
+def test_it_answers_nothing_before_it_has_weights(tiny_model: Path, engine: VllmEngine) -> None:
+    if engine._version is None:  # another test may have been here
+        with pytest.raises(JobError, match="before it had any weights"):
+            engine.generate(prompts(1), GREEDY)
+
+
+def test_greedy_answers_are_those_of_transformers_with_and_without_an_adapter(
+    tiny_model: Path, engine: VllmEngine
+) -> None:
+    end = engine.stop_token_ids
+    assert end
+    engine.take(Weights.of_base(), {})
+    for model in (base(tiny_model), adapted(tiny_model, 1)):
+        if hasattr(model, "peft_config"):
+            _send(engine, model, 1)
+        for prompt, rollout in zip(prompts(5), engine.generate(prompts(5), GREEDY), strict=True):
+            assert rollout.token_ids == greedy(model, prompt.token_ids, GREEDY.max_tokens, end)
+            assert rollout.finish_reason == ("stop" if rollout.token_ids[-1] in end else "length")
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
+def test_log_probs_are_those_of_transformers_under_the_temperature(
+    tiny_model: Path, engine: VllmEngine, temperature: float
+) -> None:
+    model = adapted(tiny_model, 1)
+    _send(engine, model, 1)
+    for prompt, rollout in zip(
+        prompts(4), engine.generate(prompts(4), replace(DRAWN, temperature=temperature)), strict=True
+    ):
+        expected = log_probs(model, prompt.token_ids, rollout.token_ids, temperature)
+        assert rollout.log_probs == pytest.approx(expected, abs=reference.TOLERANCE)
+
+
+def test_the_same_seeds_give_the_same_answers_whoever_is_asked_beside(tiny_model: Path, engine: VllmEngine) -> None:
+    _send(engine, adapted(tiny_model, 1), 1)
+    together = engine.generate(prompts(6, samples=2), DRAWN)
+    alone = [rollout for prompt in prompts(6, samples=2) for rollout in engine.generate([prompt], DRAWN)]
+    assert [r.token_ids for r in together] == [r.token_ids for r in alone]
+    assert [(r.prompt, r.sample) for r in together] == [(n, s) for n in range(6) for s in range(2)]
+    assert len({r.token_ids for r in together}) > 6  # the samples of a prompt differ
+    other = [replace(prompt, seed=prompt.seed + 100) for prompt in prompts(6, samples=2)]
+    assert [r.token_ids for r in engine.generate(other, DRAWN)] != [r.token_ids for r in together]
+
+
+def test_each_version_that_is_sent_is_the_one_served(tiny_model: Path, engine: VllmEngine) -> None:
+    folders = []
+    for version in (1, 2, 3):
+        model = adapted(tiny_model, version)
+        weights = _send(engine, model, version)
+        probe = engine.probe(PROBE)
+        assert difference(weights, probe) is None
+        assert agrees(model, probe)
+        assert not agrees(adapted(tiny_model, version + 1), probe)
+        assert probe.token_ids == greedy(model, PROBE, len(probe.token_ids), ())
+        (rollout,) = engine.generate(prompts(1), GREEDY)
+        assert rollout.token_ids == greedy(model, prompts(1)[0].token_ids, 12, engine.stop_token_ids)
+        assert rollout.policy_version == version
+        folders.append(engine._adapter.lora_path)
+    assert [Path(folder).exists() for folder in folders] == [False, False, True]
+
+
+# --- sabotage: each is caught by what the sync itself says ------------------------------------------------------------
+
+
+def test_an_engine_that_keeps_old_weights_is_found_out(
+    tiny_model: Path, engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _send(engine, adapted(tiny_model, 1), 1)
+    kept = engine._adapter.lora_int_id
+    core = engine._llm.llm_engine
+    with monkeypatch.context() as patch:
+        patch.setattr(core, "add_lora", lambda request: True)
+        patch.setattr(core, "remove_lora", lambda number: True)
+        patch.setattr(engine, "_serial", kept - 1)  # the old one stands under the new one's number
+        weights = _send(engine, adapted(tiny_model, 2), 2)
+        fault = difference(weights, engine.probe(PROBE))
+    assert fault is not None
+    assert "engine 0 serves tensors 0 instead of" in fault
+
+
+def test_an_adapter_with_missing_tensors_is_found_out(tiny_model: Path, engine: VllmEngine) -> None:
+    weights, tensors = adapter_weights(adapted(tiny_model, 3), 3)
+    lost = next(iter(tensors))
+    engine.take(weights, {name: tensor for name, tensor in tensors.items() if name != lost})
+    fault = difference(weights, engine.probe(PROBE))
+    assert fault is not None
+    assert f"tensors {len(tensors) - 1} instead of {len(tensors)}" in fault
+    changed = {**tensors, lost: tensors[lost] * 1.001}
+    engine.take(weights, changed)
+    fault = difference(weights, engine.probe(PROBE))
+    assert fault is not None
+    assert "digest" in fault
+    assert "tensors" not in fault
+
+
+def test_prompts_that_go_with_another_adapter_are_found_out(tiny_model: Path, engine: VllmEngine) -> None:
+    from vllm.lora.request import LoRARequest
+
+    _send(engine, adapted(tiny_model, 4), 4)
+    old_folder = engine._folder / "kept"
+    Path(engine._adapter.lora_path).rename(old_folder)
+    model = adapted(tiny_model, 5)
+    weights = _send(engine, model, 5)
+    engine._adapter = LoRARequest("kept", 10_000, str(old_folder))
+    fault = difference(weights, engine.probe(PROBE))
+    assert fault is not None
+    assert "engine 0 serves" in fault
+
+
+def test_keys_and_values_of_old_weights_are_found_out(
+    tiny_model: Path, engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.v1.core import kv_cache_utils
+
+    monkeypatch.setattr(kv_cache_utils, "_gen_lora_extra_hash_keys", lambda request: ["policy"])
+    _send(engine, adapted(tiny_model, 6), 6)
+    engine.probe(PROBE)  # nothing stands under that key yet
+    _send(engine, adapted(tiny_model, 7), 7)
+    with pytest.raises(JobError, match="from keys and values of earlier weights"):
+        engine.probe(PROBE)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_that_passes_the_engines_length_is_refused(tiny_model: Path, engine: VllmEngine) -> None:
+    _send(engine, adapted(tiny_model, 1), 1)
+    with pytest.raises(RequestError, match=r"rollout.max_tokens: 254: with a prompt of 3 tokens"):
+        engine.generate(prompts(1), Sampling(max_tokens=254))
+
+
+def test_a_rank_above_the_engines_limit_is_refused() -> None:
+    assert [adapter_rank_limit(rank) for rank in (1, 2, 8, 9, 512)] == [1, 8, 8, 16, 512]
+    with pytest.raises(RequestError, match=r"method.rank: 513"):
+        adapter_rank_limit(513)
+
+
+def test_whole_weights(tiny_model: Path, tmp_path: Path) -> None:
+    """An engine of its own: one with adapters does not take whole weights."""
+    import torch
+
+    engine = VllmEngine(EngineOptions(str(tiny_model), "fp32", 256, kv_cache_gib=0.25))
+    try:
+        for version in (1, 2):
+            model = base(tiny_model)
+            generator = torch.Generator().manual_seed(version)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+            weights, tensors = full_weights(model, version)
+            engine.take(weights, tensors)
+            probe = engine.probe(PROBE)
+            assert difference(weights, probe) is None
+            assert agrees(model, probe)
+            (rollout,) = engine.generate(prompts(1), GREEDY)
+            assert rollout.token_ids == greedy(model, prompts(1)[0].token_ids, 12, engine.stop_token_ids)
+    finally:
+        engine.close()

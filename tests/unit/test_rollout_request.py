@@ -1,0 +1,59 @@
+"""Digests, probes, and what a sync is checked by."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rayloom.rollout.digest import Digest, digest_of
+from rayloom.rollout.request import BLOCK, Probe, Weights, difference, probe_prompt
+
+TENSORS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.ones(3, dtype=torch.bfloat16)}
+WEIGHTS = Weights(4, "adapter", None, 2, digest_of(TENSORS), {})
+PROBE = Probe(1, 4, 2, digest_of(TENSORS), (5,), (-0.5,))
+
+
+def test_a_digest_does_not_depend_on_the_order_of_tensors() -> None:
+    assert digest_of(TENSORS) == digest_of(dict(reversed(TENSORS.items())))
+    digest = Digest()
+    for name in ("a", "b"):
+        digest.add(name, TENSORS[name])
+    assert (digest.count, str(digest)) == (2, digest_of(TENSORS))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"b": TENSORS["b"], "c": TENSORS["a"]},
+        {"b": TENSORS["b"].reshape(3, 2), "a": TENSORS["a"]},
+        {"b": TENSORS["b"], "a": TENSORS["a"].to(torch.float16)},
+        {"b": torch.nextafter(TENSORS["b"], torch.tensor(9.0)), "a": TENSORS["a"]},
+        {"b": TENSORS["b"]},
+    ],
+    ids=["name", "shape", "type", "last bit", "missing"],
+)
+def test_a_digest_tells_apart(changed: dict[str, torch.Tensor]) -> None:
+    assert digest_of(changed) != digest_of(TENSORS)
+
+
+def test_a_view_has_the_digest_of_its_values() -> None:
+    wide = torch.arange(12.0).reshape(2, 6)
+    assert digest_of({"x": wide[:, :3]}) == digest_of({"x": wide[:, :3].clone()})
+    assert digest_of({"x": torch.tensor(1.0)}) != digest_of({"x": torch.tensor([1.0])})  # a scalar has a digest too
+
+
+def test_the_difference_names_engine_and_what_differs() -> None:
+    assert difference(WEIGHTS, PROBE) is None
+    assert difference(WEIGHTS, replace(PROBE, version=3)) == "engine 1 serves version 3 instead of 4"
+    assert difference(WEIGHTS, replace(PROBE, count=1, digest="x")) == (
+        f"engine 1 serves tensors 1 instead of 2, digest x instead of {WEIGHTS.digest}"
+    )
+
+
+@pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 100])
+def test_a_probes_prompt_fills_a_block_of_the_cache(length: int) -> None:
+    prompt = probe_prompt(tuple(range(length)))
+    assert len(prompt) > BLOCK
+    assert prompt[:length] == tuple(range(length))
