@@ -145,7 +145,7 @@ def test_missing_file_folder_and_binary(tmp_path):
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 METHODS = "lora, full, freeze, oft, adapter, prompt, p_tuning, prefix, ia3, vera, peft"
-TOP = "name, output_dir, resume, overwrite, model, method, data, stage, train, optimizer"
+TOP = "name, output_dir, resume, overwrite, model, method, data, stage, rewards, rollout, train, optimizer"
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ TOP = "name, output_dir, resume, overwrite, model, method, data, stage, train, o
         ("method: {dropout: -0.5}", "method.dropout: must be at least 0, not -0.5"),
         ("method: {alpha: 0}", "method.alpha: must be above 0, not 0"),
         ("method: {rank: 5000}", "method.rank: must be at most 4096, not 5000"),
-        ("stage: {type: rlhf}", "stage.type: unknown 'rlhf'; known here: pretrain, sft, reward, dpo, kto"),
+        ("stage: {type: rlhf}", "stage.type: unknown 'rlhf'; known here: pretrain, sft, reward, dpo, kto, ppo"),
         ("stage: sft", "stage: must be a mapping of keys, not 'sft'"),
         (
             "train: {scheduler: cosin}",

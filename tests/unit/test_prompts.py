@@ -53,7 +53,8 @@ def test_a_prompt_is_the_tokenizers_own(encoder: PromptEncoder, tiny_model: Path
     expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert found.input_ids == expected
     assert found.answer == "four"
-    assert found.fault is None and found.cut == 0
+    assert found.fault is None
+    assert found.cut == 0
 
 
 def test_of_a_preference_the_chosen_answer_is_the_datas(encoder: PromptEncoder) -> None:
@@ -69,9 +70,11 @@ def test_too_long_prompts_lose_their_oldest_turns_and_then_are_left_out(encoder:
     (without,) = encoder.encode([shorter], 200)
     (cut,) = encoder.encode([Example(TURNS)], len(whole.input_ids) - 1)
     assert cut.input_ids == without.input_ids
-    assert cut.cut == len(whole.input_ids) - len(without.input_ids) and cut.messages_cut == 2
+    assert cut.cut == len(whole.input_ids) - len(without.input_ids)
+    assert cut.messages_cut == 2
     (nothing,) = encoder.encode([Example(TURNS)], len(without.input_ids) - 1)
-    assert nothing.input_ids == [] and nothing.cut == len(whole.input_ids)
+    assert nothing.input_ids == []
+    assert nothing.cut == len(whole.input_ids)
 
 
 def test_plain_text_asks_nothing(encoder: PromptEncoder) -> None:

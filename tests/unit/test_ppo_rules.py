@@ -1,0 +1,111 @@
+"""What of stage ppo is refused, and what of it no other stage may have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayloom.config.document import Document
+from rayloom.config.job import JobConfig
+from rayloom.config.read import validate_job
+from rayloom.errors import RequestError
+from rayloom.stages.ppo_rules import check_ppo, steps_per_round
+
+FUNCTION = Path(__file__).resolve().parents[2] / "jobs" / "ppo" / "sums.py"
+
+
+def job(**parts: Any) -> JobConfig:
+    document: dict[str, Any] = {
+        "name": "ppo",
+        "model": {"path": "somewhere"},
+        "data": {"train": ["a.jsonl"], "cutoff": 64},
+        "stage": {"type": "ppo", "prompts": 8},
+        "rewards": {"sources": [{"type": "function", "path": f"{FUNCTION}:right"}]},
+        "train": {"batch_size": 4},
+    }
+    for key, value in parts.items():
+        document[key] = {**document.get(key, {}), **value} if isinstance(value, dict) else value
+    return validate_job(Document("test", document))
+
+
+def source(**fields: Any) -> dict[str, Any]:
+    return {"sources": [fields]}
+
+
+def test_a_job_that_can_be() -> None:
+    check_ppo(job())
+    check_ppo(job(stage={"advantage": "grpo"}, train={"max_steps": 16}))
+    check_ppo(job(method={"type": "full"}, stage={"reference": "copy"}))
+    check_ppo(job(method={"type": "full"}, stage={"kl": {"coefficient": 0.0}}))
+
+
+def test_steps_of_a_round() -> None:
+    ppo = job(stage={"prompts": 8, "samples": 3, "epochs": 2}, train={"batch_size": 2, "gradient_accumulation": 2})
+    assert ppo.stage.type == "ppo"
+    assert steps_per_round(ppo, ppo.stage) == 2 * 8 * 3 // 4
+    assert ppo.stream_rows(24) == 16  # two rounds of twelve steps
+    assert ppo.model_copy(update={"train": ppo.train.with_workers(2)}).stream_rows(12) == 16
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"rewards": None}, "rewards: stage ppo learns from rewards, and there are none"),
+        ({"stage": {"prompts": 9}}, "stage.prompts: 9 prompts with 1 answer.* no multiple of the 4 of an optimizer"),
+        ({"train": {"workers": 3, "batch_size": 1}}, r"stage.prompts: 8 prompts cannot be dealt evenly to 3 workers"),
+        ({"train": {"max_steps": 6}}, "train.max_steps: 6 steps end within a round, which has 4 .*say 4 or 8"),
+        ({"method": {"type": "oft"}}, "method.type: oft: stage ppo trains with lora or full"),
+        ({"method": {"dora": True}}, "method.dora: the engines serve plain LoRA"),
+        ({"method": {"init": "pissa"}}, "method.init: pissa changes the base"),
+        ({"method": {"extra_modules": ["lm_head"]}}, "method.extra_modules: the engines serve adapters only"),
+        ({"method": {"adapters": ["a", "b"]}, "stage": {"reference": "copy"}}, "method.adapters: merged adapters"),
+        ({"method": {"adapters": ["a"]}}, "stage.reference: adapter_off would compare with the model as it was before"),
+        ({"method": {"type": "full"}}, "stage.reference: adapter_off: with method.type full there is no adapter"),
+        ({"model": {"quantization": "nf4"}}, "model.quantization: the engines load the model as it is"),
+        ({"rollout": {"tensor_parallel": 2}, "train": {"device": "cpu"}}, "rollout.tensor_parallel: 2 is for GPUs"),
+        ({"optimizer": {"type": "muon"}, "stage": {"value_learning_rate": 1e-3}}, "stage.value_learning_rate: opt"),
+        ({"rewards": source(type="function", path="no.py:score")}, r"rewards.sources\[0\].path: no such file"),
+        ({"rewards": source(type="function", path=f"{FUNCTION}:wrong")}, "it has no function 'wrong'"),
+        ({"rewards": source(type="format", pattern="(")}, r"rewards.sources\[0\].pattern: '\(' is no regular"),
+        ({"rewards": source(type="length", free=9, longest=9)}, r"longest: 9 must be above free \(9\)"),
+        (
+            {"rewards": source(type="adapter", path="r"), "method": {"type": "full"}, "stage": {"reference": "copy"}},
+            r"rewards.sources\[0\].type: adapter: with method.type full",
+        ),
+        (
+            {"rewards": {"sources": [{"type": "unfinished"}, {"type": "unfinished"}]}},
+            "rewards.sources: two are called 'unfinished'",
+        ),
+        ({"stage": {"type": "sft", "prompts": None}}, "rewards: they are for stage ppo, and this is sft"),
+        ({"stage": {"type": "sft"}, "rewards": None, "rollout": {"engines": 2}}, "rollout: engines are for stage ppo"),
+    ],
+)
+def test_what_is_refused(parts: dict[str, Any], message: str) -> None:
+    if parts.get("stage", {}).get("type") == "sft":
+        parts = {**parts, "stage": None}
+        document = job().model_dump(mode="json", exclude_unset=True)
+        document |= {key: value for key, value in parts.items() if key != "stage"} | {"stage": {"type": "sft"}}
+        config = validate_job(Document("test", document))
+    else:
+        config = job(**parts)
+    with pytest.raises(RequestError, match=message):
+        check_ppo(config)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"stage": {"advantage": "grpo", "samples": 1}}, "samples 1: grpo compares several answers"),
+        ({"stage": {"advantage": "rloo", "value_learning_rate": 1e-3}}, "value_learning_rate is for advantage gae"),
+        ({"rollout": {"max_tokens": 0}}, "max_tokens"),
+        ({"rollout": {"max_tokens": 4, "min_tokens": 5}}, "min_tokens 5 is more than max_tokens"),
+        ({"rollout": {"temperature": 0.0}}, "temperature"),
+        ({"rewards": {"sources": []}}, "rewards.sources"),
+        ({"stage": {"kl": {"coefficient": -0.1}}}, "kl.coefficient"),
+    ],
+)
+def test_what_the_config_refuses(parts: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        job(**parts)
