@@ -23,7 +23,8 @@ LEVELS = (
     ("models",),
     ("methods", "data", "losses"),
     ("stages",),
-    ("train", "rollout"),
+    ("rollout",),
+    ("train",),
     ("jobs", "search", "board", "serve", "evaluate", "export"),
     ("doctor",),  # asks every other room whether it could work
     ("cli",),

@@ -11,7 +11,7 @@ from rayloom.config.document import Document
 from rayloom.config.job import JobConfig
 from rayloom.config.read import validate_job
 from rayloom.errors import RequestError
-from rayloom.stages.ppo_rules import check_ppo, steps_per_round
+from rayloom.train.ppo_rules import check_ppo, steps_per_round, stream_rows
 
 FUNCTION = Path(__file__).resolve().parents[2] / "jobs" / "ppo" / "sums.py"
 
@@ -45,8 +45,8 @@ def test_steps_of_a_round() -> None:
     ppo = job(stage={"prompts": 8, "samples": 3, "epochs": 2}, train={"batch_size": 2, "gradient_accumulation": 2})
     assert ppo.stage.type == "ppo"
     assert steps_per_round(ppo, ppo.stage) == 2 * 8 * 3 // 4
-    assert ppo.stream_rows(24) == 16  # two rounds of twelve steps
-    assert ppo.model_copy(update={"train": ppo.train.with_workers(2)}).stream_rows(12) == 16
+    assert stream_rows(ppo, 24) == 16  # two rounds of twelve steps
+    assert stream_rows(ppo.model_copy(update={"train": ppo.train.with_workers(2)}), 12) == 16
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from rayloom.models.config import ModelConfig
 from rayloom.rollout.config import RolloutConfig
 from rayloom.rollout.rewards.config import RewardsConfig
 from rayloom.stages.config import SftConfig, StageConfig
-from rayloom.stages.ppo_config import PpoConfig
 from rayloom.train.config import TrainConfig
 
 
@@ -69,14 +68,6 @@ class JobConfig(ConfigPart):
     def packs(self) -> bool:
         """Whether several examples share a row; two answers to one prompt are a row of their own."""
         return self.data.packing and self.stage.rows in ("texts", "conversations")
-
-    def stream_rows(self, steps: int) -> int:
-        """Rows of the stream that so many optimizer steps take; of stage ppo prompts, with those asked ahead."""
-        rows = steps * self.train.rows_per_step
-        if not isinstance(self.stage, PpoConfig):
-            return rows
-        learnt = -(-rows // (self.stage.epochs * self.stage.answers))
-        return learnt + self.rollout.max_staleness * self.stage.prompts
 
     @property
     def run_dir(self) -> Path:

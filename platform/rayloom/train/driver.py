@@ -26,11 +26,11 @@ from rayloom.methods.optimizers.support import check_environment
 from rayloom.methods.rules import check_combination
 from rayloom.models.check import check_model
 from rayloom.models.precision import choose_precision, computes_bf16
-from rayloom.stages.ppo_rules import check_ppo
 from rayloom.stages.prepare import make_encoder, plan_data, prepare_eval, segment_options, with_stores
 from rayloom.stages.rules import check_stage
 from rayloom.train.deepspeed import read_deepspeed_json
 from rayloom.train.launch import Work
+from rayloom.train.ppo_rules import check_ppo
 from rayloom.train.ray_session import prepare_environment, ray_session
 from rayloom.train.report import Reporter
 from rayloom.train.run_dir import check_data, check_run_dir, open_run_dir

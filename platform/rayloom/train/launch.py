@@ -15,6 +15,7 @@ from rayloom.data.segment import Encoder, EncodeSegment, SegmentOptions
 from rayloom.stages.prepare import eval_options
 from rayloom.train.config import TrainConfig
 from rayloom.train.meter import StreamMeter
+from rayloom.train.ppo_rules import stream_rows
 from rayloom.train.run_dir import CHECKPOINTS, RunDir
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Work:
         """
         left = self.plan.segments_left(start)
         if left is None:
-            left = self.job.stream_rows(self.job.train.max_steps or 0) // self.first.num_rows
+            left = stream_rows(self.job, self.job.train.max_steps or 0) // self.first.num_rows
         return min(2 + 5 * left // 4, self.segments_at_once)
 
     def eval_segments(self) -> int:

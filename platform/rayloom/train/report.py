@@ -18,10 +18,12 @@ def metrics_line(row: MetricsRow) -> str:
     if "loss" not in row:
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if name.startswith("eval_"))
         return f"step {row['step']}  {100 * row['progress']:.0f} %  {numbers}"
+    of_answers = f"reward {row['reward']:.4f}  " if "reward" in row else ""
+    of_answers += f"kl {row['kl']:.3g}  " if "kl" in row else ""
     grad_norm = "-" if row.get("grad_norm") is None else f"{row['grad_norm']:.3g}"
     return (
         f"step {row['step']}  {100 * row['progress']:.0f} %  loss {row['loss']:.4f}  "
-        f"lr {row['learning_rate']:.3g}  grad norm {grad_norm}  {row['tokens_per_second']:.0f} tokens/s  "
+        f"{of_answers}lr {row['learning_rate']:.3g}  grad norm {grad_norm}  {row['tokens_per_second']:.0f} tokens/s  "
         f"epoch {row['epoch']:.2f}"
     )
 

@@ -40,6 +40,15 @@ def steps_per_round(job: JobConfig, stage: PpoConfig) -> int:
     return stage.epochs * stage.prompts * stage.answers // job.train.rows_per_step
 
 
+def stream_rows(job: JobConfig, steps: int) -> int:
+    """Rows of the stream that so many optimizer steps take; of stage ppo prompts, with those that are asked ahead."""
+    rows = steps * job.train.rows_per_step
+    if not isinstance(job.stage, PpoConfig):
+        return rows
+    learnt = -(-rows // (job.stage.epochs * job.stage.answers))
+    return learnt + job.rollout.max_staleness * job.stage.prompts
+
+
 def _left_over(job: JobConfig) -> Iterator[str]:
     """Parts that only stage ppo reads."""
     if job.rewards is not None:
