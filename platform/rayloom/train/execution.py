@@ -23,7 +23,7 @@ from rayloom.train.checkpoints import keep_snapshot
 from rayloom.train.faults import draining_nodes, fault_of
 from rayloom.train.launch import Work, ray_trainer
 from rayloom.train.monitor import answer, start_monitor
-from rayloom.train.report import Reporter, mean_loss, plot_loss
+from rayloom.train.report import Reporter, mean_loss, plot_loss, plot_reward
 from rayloom.train.resources import room_for_more, settle_workers
 from rayloom.train.signals import Signals
 from rayloom.train.track import Trackers
@@ -227,6 +227,9 @@ class Execution:
             summary["tokens_per_second"] = median(row["tokens_per_second"] for row in rows)
             evaluations = [row for row in metrics if "eval_loss" in row]
             plot_loss(rows, evaluations, run.path / "loss.png", self._work.job.name)
+            if self._work.fleet is not None:
+                of_rewards = [row for row in metrics if "eval_reward" in row]
+                plot_reward(rows, of_rewards, run.path / "reward.png", self._work.job.name)
         return self._write(summary)
 
     def _engines(self) -> dict[str, Any]:

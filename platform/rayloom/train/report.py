@@ -109,10 +109,46 @@ def plot_loss(rows: list[MetricsRow], evaluations: list[MetricsRow], path: Path,
         steps, losses = [row["step"] for row in evaluations], [row["eval_loss"] for row in evaluations]
         axes.plot(steps, losses, color="#c2571a", linewidth=1.6, marker="s", markersize=4, label="evaluation")
     axes.set(xlabel="optimizer step", ylabel="loss per trained token", title=title)
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    if min(row["loss"] for row in rows) >= 0:
+        axes.set_ylim(bottom=0)
+    _finish(figure, [axes], path)
+
+
+def plot_reward(rows: list[MetricsRow], evaluations: list[MetricsRow], path: Path, title: str) -> None:
+    """Draw the mean reward of the rounds over the steps, that of the evaluations, and how far the policy has gone from
+    the reference."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), dpi=130)
+    steps = [row["step"] for row in rows]
+    drawn = axes.plot(steps, [row["reward"] for row in rows], color="#1f4e8c", linewidth=2.0, label="reward")
+    if evaluations:
+        steps_of, rewards = [row["step"] for row in evaluations], [row["eval_reward"] for row in evaluations]
+        drawn += axes.plot(steps_of, rewards, color="#c2571a", linewidth=1.6, marker="s", markersize=4,
+                           label="reward, evaluation")  # fmt: skip
+    axes.set(xlabel="optimizer step", ylabel="mean reward of an answer", title=title)
+    every = [axes]
+    if all("kl" in row for row in rows):
+        other = axes.twinx()
+        drawn += other.plot(steps, [row["kl"] for row in rows], color="#8a8a8a", linewidth=1.0, label="divergence")
+        other.set(ylabel="divergence, nats an answer")
+        every.append(other)
+    axes.legend(handles=drawn, frameon=False)
+    _finish(figure, every, path)
+
+
+def _finish(figure: Any, every: Sequence[Any], path: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    every[0].grid(alpha=0.25)
+    if len(every) == 1:
+        every[0].legend(frameon=False)
+    for axes in every:
+        axes.spines["top"].set_visible(False)
+        axes.spines["right"].set_visible(len(every) > 1)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
