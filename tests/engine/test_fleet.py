@@ -150,6 +150,7 @@ def test_rounds_of_workers_that_are_gone_are_dropped(fleet: FleetClient, numbers
     assert len(fleet.generate(number, 0, 1, prompts(2), SHORT)) == 2
 
 
+@pytest.mark.slow  # waits half a minute, for a cluster that may grow
 def test_more_engines_than_the_cluster_holds(tiny_model: Path, cluster: None) -> None:
     began = time.monotonic()
     with pytest.raises(RequestError, match=r"rollout.engines: 9: each needs 1 CPU, and the cluster has 4 CPU"):

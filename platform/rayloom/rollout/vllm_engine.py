@@ -96,7 +96,6 @@ class VllmEngine:
             logprobs_mode="processed_logprobs",
             seed=options.seed,
             trust_remote_code=options.trust_remote_code,
-            disable_log_stats=True,
             **arguments,
         )
         self._folders = AdapterFolders()
