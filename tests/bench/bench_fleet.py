@@ -6,6 +6,7 @@ checks, tokens per second for 64 prompts.
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from dataclasses import replace
@@ -14,6 +15,7 @@ import ray
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
+from ray._private.authentication_test_utils import reset_auth_token_state
 from transformers import AutoModelForCausalLM
 
 from rayloom.jobs.local_head import LocalHead
@@ -40,9 +42,8 @@ def adapter() -> tuple[Weights, dict[str, torch.Tensor]]:
 def main() -> None:
     weights, tensors = adapter()
     with LocalHead(num_cpus=2) as head:
-        import os
-
         os.environ.update(head.environment)
+        reset_auth_token_state()
         ray.init(address=head.cluster_address, log_to_driver=False)
         began = time.monotonic()
         options = EngineOptions(MODEL, "bf16", 512, adapter_rank=8)
