@@ -31,7 +31,7 @@ test-engine: setup ## tests with vLLM engines, alone and as a fleet
 	$(RUN) .venv/bin/python -m pytest tests/engine -m "not slow"
 
 test-slow: setup ## tests on Ray that start the workers several times, kill them, or run the recipes (long)
-	$(RUN) .venv/bin/python -m pytest tests/ray -m slow
+	$(RUN) .venv/bin/python -m pytest tests/ray tests/engine -m slow
 
 test-tokenizers: setup ## chat templates and cuts with ten real tokenizers (downloads 77 MB once)
 	$(RUN) bash tests/real_tokenizers.sh

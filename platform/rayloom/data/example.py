@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -59,6 +59,19 @@ class Example:
     images: tuple[Any, ...] = ()
     videos: tuple[Any, ...] = ()
     audios: tuple[Any, ...] = ()
+
+    def without_answer(self) -> tuple[Example, str]:
+        """What is asked, and the data's own answer to it: the last one, of a preference the chosen one.
+
+        Raises:
+            ValueError: it is plain text, which asks nothing.
+        """
+        if self.text is not None:
+            raise ValueError("the row is plain text, which asks nothing")
+        if self.chosen:
+            return Example(self.messages, self.tools), self.chosen[0].content
+        *messages, answer = self.messages
+        return replace(self, messages=tuple(messages), desirable=None), answer.content
 
     def as_dicts(self) -> list[dict[str, Any]]:
         """The messages as chat templates want them."""

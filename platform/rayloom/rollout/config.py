@@ -17,7 +17,8 @@ class RolloutConfig(ConfigPart):
     tensor_parallel: Whole = Field(default=1, ge=1)
     """GPUs of each engine; at least 1. On CPU 1."""
     cpus_per_engine: Number = Field(default=1.0, gt=0)
-    """CPUs that Ray reserves for each engine; above 0. On CPU an engine computes with all cores of its node."""
+    """CPUs that Ray reserves for each engine; above 0. On CPU the engines of a node share all of its
+    cores."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """What the engines compute in. `auto`: what the trainer computes in."""
     max_tokens: Whole = Field(default=128, ge=1)

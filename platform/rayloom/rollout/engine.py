@@ -7,8 +7,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from rayloom.rollout.request import Probe, Prompt, Rollout, Sampling, Weights
-from rayloom.rollout.vllm_engine import EngineOptions, VllmEngine
+from rayloom.rollout.request import EngineOptions, Probe, Prompt, Rollout, Sampling, Weights
+from rayloom.rollout.vllm_engine import VllmEngine
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The fleet: one coordinator between the train workers and the engines.
 
-    every rank -> Fleet.generate -> split over the engines -> answers back, ordered by (prompt, sample)
-    rank 0     -> Fleet.sync     -> every engine, each checked -> probes, which the trainer compares with itself
+    every rank -> Fleet.ask, collect -> split over the engines -> answers back, ordered by (prompt, sample)
+    rank 0     -> Fleet.sync         -> every engine, each checked -> probes, which the trainer compares with itself
 
 Rounds and weights take their turn in the order in which they were first asked for, so a round is answered by exactly
 one policy version. Which engine answers a prompt depends on the prompts alone, not on who asked first.
@@ -21,8 +21,10 @@ from rayloom.errors import JobError, RequestError, first_line
 from rayloom.rollout.balance import split, work_of
 from rayloom.rollout.config import RolloutConfig
 from rayloom.rollout.members import LostError, Member, Members
-from rayloom.rollout.request import Probe, Prompt, Rollout, Sampling, Weights
-from rayloom.rollout.vllm_engine import EngineOptions
+from rayloom.rollout.request import EngineOptions, Probe, Prompt, Rollout, Sampling, Weights
+
+_WORD_SECONDS = 60.0
+"""For calls that the coordinator answers at once."""
 
 
 @dataclass
@@ -62,13 +64,11 @@ class Fleet:
 
     # --- rounds -------------------------------------------------------------------------------------------------------
 
-    async def generate(
-        self, number: int, rank: int, ranks: int, prompts: list[Prompt], sampling: Sampling
-    ) -> list[Rollout]:
-        """Answers to a rank's prompts of a round, ordered by (prompt, sample).
+    async def ask(self, number: int, rank: int, ranks: int, prompts: list[Prompt], sampling: Sampling) -> None:
+        """A rank's prompts of a round. Every rank asks once for each; the first one's call gives it its turn.
 
         Args:
-            number: of the round. Every rank asks once for each.
+            number: of the round.
             ranks: how many will ask for it.
             sampling: the same from every rank.
         """
@@ -79,15 +79,20 @@ class Fleet:
         if rank in asked.prompts:
             raise JobError(f"rank {rank} asked twice for the answers of round {number}")
         if (ranks, sampling) != (asked.ranks, asked.sampling):
-            raise JobError(f"rank {rank} asked for round {number} in another way than rank {min(asked.prompts)}")
+            raise JobError(f"rank {rank} asked for round {number} in another way than the ranks before")
         asked.prompts[rank] = prompts
         if not asked.missing():
             asked.whole.set()
-        assert asked.answers is not None
+
+    async def collect(self, number: int, rank: int) -> list[Rollout]:
+        """Answers to a rank's prompts of a round, ordered by (prompt, sample)."""
+        asked = self._rounds.get(number)
+        if asked is None or asked.answers is None:
+            raise _dropped(number)
         try:
             answers = await asyncio.shield(asked.answers)
         except asyncio.CancelledError:
-            raise JobError(f"round {number} was dropped: other train workers have begun") from None
+            raise _dropped(number) from None
         asked.collected.add(rank)
         if len(asked.collected) == asked.ranks:
             self._rounds.pop(number, None)
@@ -192,6 +197,10 @@ class Fleet:
         await self._members.stop()
 
 
+def _dropped(number: int) -> JobError:
+    return JobError(f"round {number} was dropped: other train workers have begun")
+
+
 async def _all(calls: Any) -> list[Any]:
     """Like `asyncio.gather`, but where one fails the others are waited for before it is raised."""
     results = await asyncio.gather(*calls, return_exceptions=True)
@@ -209,7 +218,7 @@ class Pending:
     """A round that was asked for."""
 
     number: int
-    reference: Any
+    rank: int
     client: FleetClient
 
     @property
@@ -219,7 +228,9 @@ class Pending:
 
     def collect(self) -> list[Rollout]:
         """Wait for the answers; ordered by (prompt, sample)."""
-        return self.client._get(self.reference, f"the answers of round {self.number}", self.client.patience)
+        client = self.client
+        answers = client.fleet.collect.remote(self.number, self.rank)
+        return client._get(answers, f"the answers of round {self.number}", client.patience)
 
 
 @dataclass(frozen=True)
@@ -245,8 +256,11 @@ class FleetClient:
         return self.ask(number, rank, ranks, prompts, sampling).collect()
 
     def ask(self, number: int, rank: int, ranks: int, prompts: list[Prompt], sampling: Sampling) -> Pending:
-        """The same without waiting. Weights that are sent afterwards come after this round."""
-        return Pending(number, self.fleet.generate.remote(number, rank, ranks, prompts, sampling), self)
+        """The same without waiting for the answers. Weights that are sent afterwards come after this round."""
+        said = self.fleet.ask.remote(number, rank, ranks, prompts, sampling)
+        # Ray starts an actor's calls in any order; from here on this one has its place.
+        self._get(said, f"its word that it has the prompts of round {number}", _WORD_SECONDS)
+        return Pending(number, rank, self)
 
     def sync(self, weights: Weights) -> list[Probe]:
         """Send new weights, behind the rounds that were asked for. One rank does.
@@ -262,20 +276,20 @@ class FleetClient:
 
     def events(self) -> list[dict[str, Any]]:
         """What went wrong and was mended (`Fleet.events`)."""
-        return self._get(self.fleet.events.remote(), "the list of events", 60)
+        return self._get(self.fleet.events.remote(), "the list of events", _WORD_SECONDS)
 
     def metrics(self) -> dict[str, float]:
         """Counts since the start (`Fleet.metrics`)."""
-        return self._get(self.fleet.metrics.remote(), "the counts", 60)
+        return self._get(self.fleet.metrics.remote(), "the counts", _WORD_SECONDS)
 
     def processes(self) -> dict[int, int]:
         """The process id of each engine that is there."""
-        return self._get(self.fleet.processes.remote(), "the engines' processes", 60)
+        return self._get(self.fleet.processes.remote(), "the engines' processes", _WORD_SECONDS)
 
     def stop(self) -> None:
         """End the engines and the coordinator. For who started them."""
         try:
-            self._get(self.fleet.stop.remote(), "the end of the engines", 60)
+            self._get(self.fleet.stop.remote(), "the end of the engines", _WORD_SECONDS)
         finally:
             ray.kill(self.fleet)
 

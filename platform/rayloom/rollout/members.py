@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
+from collections import Counter
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -16,10 +19,10 @@ from rayloom.errors import JobError, RequestError, first_line
 from rayloom.rollout.config import RolloutConfig
 from rayloom.rollout.engine import Engine
 from rayloom.rollout.health import Health, State
-from rayloom.rollout.request import Probe, Weights, difference
-from rayloom.rollout.vllm_engine import EngineOptions
+from rayloom.rollout.request import EngineOptions, Probe, Weights, difference
+from rayloom.rollout.vllm_engine import process_environment
 
-_RESOURCES_SECONDS = 45.0
+_RESOURCES_SECONDS = 30.0
 _SAME = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.05}
 """By how much log-probabilities of two engines with the same weights may differ."""
 
@@ -38,6 +41,7 @@ class Member:
         self.process = 0
         self.created = 0.0
         self.node = ""
+        self.threads = 1
         self.seconds = 0.0
         """That it was busy with answers."""
         self.revival: asyncio.Task[None] | None = None
@@ -105,6 +109,7 @@ class Members:
     async def start(self) -> tuple[int, ...]:
         """Boot all engines; the tokens that end an answer."""
         await self._reserve()
+        await self._count_threads()
         try:
             booted = await asyncio.gather(*(self._boot(member) for member in self.all))
         except LostError as error:
@@ -134,6 +139,8 @@ class Members:
         if self._failure is not None:
             raise self._failure
         await asyncio.gather(*(member.revival for member in self.all if member.revival is not None))
+        if weights.kind == "adapter":  # an own copy, which a trainer that dies does not take along
+            weights = replace(weights, tensors=ray.put(await _result(weights.tensors)))
         self._weights, self._accepted = weights, None
         for member in self.all:
             if member.health.state in (State.HEALTHY, State.STALE):
@@ -265,17 +272,26 @@ class Members:
                 "use fewer engines, or lower rollout.cpus_per_engine"
             ) from None
 
+    async def _count_threads(self) -> None:
+        """Engines of one node share its cores. Ray may have been told of more CPUs than there are."""
+        remote: Any = ray.remote
+        there = [PlacementGroupSchedulingStrategy(self._group, member.number) for member in self.all]  # type: ignore[arg-type]
+        places = [remote(num_cpus=0, scheduling_strategy=place)(_node_and_cores).remote() for place in there]
+        found = await asyncio.wait_for(asyncio.gather(*map(_result, places)), self._config.start_timeout)
+        neighbours = Counter(node for node, _ in found)
+        for member, (node, cores) in zip(self.all, found, strict=True):
+            member.threads = max(1, cores // neighbours[node])
+
     async def _boot(self, member: Member) -> tuple[int, ...]:
         """Start an engine's actor and load the model."""
         config, options = self._config, self._options
         assert self._group is not None
-        cores = max((int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"]), default=1)
         remote: Any = ray.remote  # its hints do not know all of its options
         member.actor = remote(
             num_cpus=config.cpus_per_engine,
             num_gpus=config.tensor_parallel if options.device == "gpu" else 0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, member.number),
-            runtime_env={"env_vars": options.environment(cores)},
+            runtime_env={"env_vars": process_environment(options, member.threads)},
         )(Engine).remote(options, member.number)
         member.process, member.created, member.node = await member.call("identity", limit="start_timeout")
         started = await member.call("boot", limit="start_timeout")
@@ -293,6 +309,11 @@ class Members:
         with suppress(TimeoutError, ray.exceptions.RayError):  # where the node is gone, so is the process
             await asyncio.wait_for(_result(ender.remote(member.process, member.created)), 30)
         member.process = 0
+
+
+def _node_and_cores() -> tuple[str, int]:
+    """Runs where an engine will."""
+    return ray.get_runtime_context().get_node_id(), len(os.sched_getaffinity(0))
 
 
 def _end_process(process: int, created: float) -> None:

@@ -14,6 +14,28 @@ PROBE_TOKENS = 2
 
 
 @dataclass(frozen=True)
+class EngineOptions:
+    """What an engine is started with."""
+
+    model: str
+    """`model.path`."""
+    precision: str
+    """"bf16", "fp16" or "fp32"."""
+    max_length: int
+    """Longest prompt and answer together, in tokens."""
+    adapter_rank: int | None = None
+    """Highest rank of an adapter that it may get; None: it gets whole weights, or none."""
+    device: Literal["cpu", "gpu"] = "cpu"
+    tensor_parallel: int = 1
+    kv_cache_gib: float = 1.0
+    gpu_memory: float = 0.85
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end an answer, besides those that the model's folder names."""
+    seed: int = 0
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How answers are drawn."""
 

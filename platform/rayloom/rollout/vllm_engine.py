@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from rayloom.errors import JobError, RequestError
+from rayloom.errors import JobError, RequestError, first_line
 from rayloom.models.source import model_folder
+from rayloom.rollout.adapter_folders import AdapterFolders, stored_tensors
 from rayloom.rollout.digest import Digest, digest_of
-from rayloom.rollout.request import BLOCK, PROBE_TOKENS, Probe, Prompt, Rollout, Sampling, Weights
+from rayloom.rollout.request import BLOCK, PROBE_TOKENS, EngineOptions, Probe, Prompt, Rollout, Sampling, Weights
 
 VERSION = "0.32"
 """The vLLM that this file was written for: its calls for weights change between minor versions."""
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-_TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-_MEMORY = Path("/dev/shm")
+_TYPES: dict[str, Any] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _VARIABLES = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions go to vLLM's workers, where there are several
@@ -30,36 +26,15 @@ _VARIABLES = {
 }
 
 
-@dataclass(frozen=True)
-class EngineOptions:
-    """What an engine is started with."""
+def process_environment(options: EngineOptions, threads: int) -> dict[str, str]:
+    """Variables of an engine's process, from its very start: OpenMP and vLLM read them on import.
 
-    model: str
-    """`model.path`."""
-    precision: str
-    """"bf16", "fp16" or "fp32"."""
-    max_length: int
-    """Longest prompt and answer together, in tokens."""
-    adapter_rank: int | None = None
-    """Highest rank of an adapter that it may get; None: it gets whole weights, or none."""
-    device: Literal["cpu", "gpu"] = "cpu"
-    tensor_parallel: int = 1
-    kv_cache_gib: float = 1.0
-    gpu_memory: float = 0.85
-    stop_token_ids: tuple[int, ...] = ()
-    """Tokens that end an answer, besides those that the model's folder names."""
-    seed: int = 0
-    trust_remote_code: bool = False
-
-    def environment(self, threads: int) -> dict[str, str]:
-        """Variables of the engine's process, from its very start: OpenMP and vLLM read them on import.
-
-        Args:
-            threads: that it computes with, on CPU.
-        """
-        # In the engine's own process vLLM binds no threads: there are as many as OpenMP is told, wherever the system
-        # puts them, beside trainers that use the same cores in turn.
-        return _VARIABLES | ({"OMP_NUM_THREADS": str(threads)} if self.device == "cpu" else {})
+    Args:
+        threads: that it computes with, on CPU.
+    """
+    # In the engine's own process vLLM binds no threads: there are as many as OpenMP is told, wherever the system puts
+    # them, beside trainers that use the same cores in turn.
+    return _VARIABLES | ({"OMP_NUM_THREADS": str(threads)} if options.device == "cpu" else {})
 
 
 def check_vllm() -> None:
@@ -101,10 +76,10 @@ class VllmEngine:
         check_vllm()
         for name, value in _VARIABLES.items():
             os.environ.setdefault(name, value)
-        from vllm import LLM
+        import vllm
 
         self._options, self._number = options, number
-        arguments: dict[str, Any] = {"dtype": _TYPES[options.precision]}
+        arguments: dict[str, Any] = {}
         if options.adapter_rank is not None:
             rank = adapter_rank_limit(options.adapter_rank)
             arguments |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1}
@@ -112,18 +87,18 @@ class VllmEngine:
             arguments |= {"kv_cache_memory_bytes": int(options.kv_cache_gib * 2**30), "block_size": BLOCK}
         else:
             arguments |= {"gpu_memory_utilization": options.gpu_memory, "tensor_parallel_size": options.tensor_parallel}
-        self._llm: Any = LLM(
+        self._llm: Any = vllm.LLM(
             model=model_folder(options.model),
+            dtype=_TYPES[options.precision],
             max_model_len=options.max_length,
             enforce_eager=options.device == "cpu",
             enable_prefix_caching=True,
             logprobs_mode="processed_logprobs",
             seed=options.seed,
             trust_remote_code=options.trust_remote_code,
-            disable_log_stats=True,
             **arguments,
         )
-        self._folder = Path(tempfile.mkdtemp(prefix="rayloom-adapters-", dir=_MEMORY if _MEMORY.is_dir() else None))
+        self._folders = AdapterFolders()
         self._serial = 0
         self._adapter: Any = None  # the LoRARequest that every prompt goes with
         self._version: int | None = None
@@ -181,11 +156,14 @@ class VllmEngine:
         """
         if weights.kind == "adapter":
             self._take_adapter(weights, tensors)
-        elif weights.kind == "full":
+        else:
+            self._drop_adapter(self._adapter)
+            self._adapter = None
             digest = Digest()
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": _read(tensors, digest)})
-            self._llm.reset_prefix_cache()  # its keys do not say of which weights they are
+            if weights.kind == "full":
+                self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": _read(tensors, digest)})
             self._loaded = (digest.count, str(digest))
+            self._llm.reset_prefix_cache()  # its keys do not say of which weights they are
         self._version, self._new = weights.version, True
 
     def probe(self, prompt: Sequence[int]) -> Probe:
@@ -210,38 +188,41 @@ class VllmEngine:
             )
         self._new = False
         answer = output.outputs[0]
-        ids = tuple(answer.token_ids)
-        return Probe(self._number, self._version, count, digest, ids, _log_probs(answer))
+        return Probe(self._number, self._version, count, digest, tuple(answer.token_ids), _log_probs(answer))
 
     def close(self) -> None:
         """Remove what it has written."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folders.close()
 
     def _take_adapter(self, weights: Weights, tensors: Mapping[str, Any]) -> None:
         """Adapters come as folders. A new one for each, with a number of its own: under an old name vLLM would serve
         the old adapter, or the new one with the old one's keys and values."""
-        from safetensors.torch import save_file
         from vllm.lora.request import LoRARequest
 
         self._serial += 1
         name = f"version-{weights.version}-{self._serial}"
-        folder = self._folder / name
-        folder.mkdir()
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "adapter_model.safetensors")
-        (folder / "adapter_config.json").write_text(json.dumps(weights.adapter_config), encoding="utf-8")
-        old, self._adapter = self._adapter, LoRARequest(name, self._serial, str(folder))
-        self._llm.llm_engine.add_lora(self._adapter)
-        if old is not None:
-            self._llm.llm_engine.remove_lora(old.lora_int_id)
-            shutil.rmtree(old.lora_path, ignore_errors=True)
+        folder = self._folders.write(name, tensors, weights.adapter_config)
+        new = LoRARequest(name, self._serial, str(folder))
+        try:
+            self._llm.llm_engine.add_lora(new)
+        except Exception as error:
+            raise JobError(
+                f"policy version {weights.version} did not arrive: engine {self._number} cannot load the adapter, "
+                f"{len(tensors)} tensors of {weights.count}: {first_line(error)}"
+            ) from error
+        self._drop_adapter(self._adapter)
+        self._adapter = new
+
+    def _drop_adapter(self, adapter: Any) -> None:
+        if adapter is not None:
+            self._llm.llm_engine.remove_lora(adapter.lora_int_id)
+            shutil.rmtree(adapter.lora_path, ignore_errors=True)
 
     def _resident(self) -> dict[str, Any]:
         """Of the tensors of the adapter's folder those that vLLM holds, under the number that prompts go with."""
-        held: list[set[str]] = self._llm.collective_rpc(
-            _held_tensors, args=(self._adapter.lora_int_id, self._adapter.lora_path)
-        )
-        everywhere = set.intersection(*held)
-        return {name: tensor for name, tensor in _stored(self._adapter.lora_path).items() if name in everywhere}
+        number, folder = self._adapter.lora_int_id, self._adapter.lora_path
+        held = set.intersection(*self._llm.collective_rpc(_held_tensors, args=(number, folder)))
+        return {name: tensor for name, tensor in stored_tensors(folder).items() if name in held}
 
     def _ask(self, prompts: Sequence[Sequence[int]], parameters: Sequence[Any]) -> list[Any]:
         return self._llm.generate(
@@ -280,12 +261,6 @@ def _read(tensors: Mapping[str, Any], digest: Digest) -> Iterator[tuple[str, Any
         yield name, tensors[name]
 
 
-def _stored(folder: str) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    return load_file(Path(folder) / "adapter_model.safetensors")
-
-
 def _held_tensors(worker: Any, number: int, folder: str) -> set[str]:
     """Runs in vLLM's worker: which tensors of a folder it holds as adapter `number`, equal in every element.
 
@@ -293,6 +268,8 @@ def _held_tensors(worker: Any, number: int, folder: str) -> set[str]:
     together (q, k and v).
     """
     import torch
+    from vllm.lora.lora_weights import LoRALayerWeights
+    from vllm.lora.peft_helper import PEFTHelper
     from vllm.lora.utils import parse_fine_tuned_lora_name
 
     runner = worker.model_runner
@@ -307,18 +284,17 @@ def _held_tensors(worker: Any, number: int, folder: str) -> set[str]:
             parts |= {part: pair for part, *pair in zip(names, layer.lora_a, layer.lora_b, strict=True)}
         else:
             parts[name] = (layer.lora_a, layer.lora_b)
-    config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-    rank, alpha = config["r"], config["lora_alpha"]
-    scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+    helper = PEFTHelper.from_local_dir(folder, None)
     mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
     renames = mapper.get_rename_mapper() if mapper is not None else None
     held = set()
-    for name, tensor in _stored(folder).items():
+    for name, tensor in stored_tensors(folder).items():
         module, is_a = parse_fine_tuned_lora_name(name, renames)
         there = parts.get(module, (None, None))[0 if is_a else 1]
         wanted = tensor.to(runner.lora_config.lora_dtype)
-        if not is_a and scale != 1:
-            wanted = wanted * scale
+        if not is_a:
+            own_name, _ = parse_fine_tuned_lora_name(name)
+            wanted = wanted * LoRALayerWeights.from_config(module, helper, own_name).scaling
         if there is not None and torch.equal(there, wanted):
             held.add(name)
     return held
