@@ -25,6 +25,7 @@ from rayloom.methods.rules import check_combination
 from rayloom.models.check import check_model
 from rayloom.models.precision import choose_precision, computes_bf16
 from rayloom.stages.prepare import make_encoder, plan_data, prepare_eval, segment_options, with_stores
+from rayloom.stages.reference import reference_place
 from rayloom.stages.rules import check_stage
 from rayloom.train.deepspeed import read_deepspeed_json
 from rayloom.train.launch import Work
@@ -78,7 +79,8 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
 
         phases["ray"] = time.time()
         train, resources = settle_workers(job.train, wait=not own_cluster)
-        choose_precision(job.train.precision, resources.device, bf16=resources.device == "gpu" or computes_bf16("cpu"))
+        bf16 = resources.device == "gpu" or computes_bf16("cpu")
+        precision = choose_precision(job.train.precision, resources.device, bf16=bf16)
         _check_model(job, resources.device)
         check_environment(job.optimizer, resources.device)
         run = open_run_dir(job, run)
@@ -96,11 +98,14 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
             resources=resources,
             segments_at_once=_SEGMENTS_AT_ONCE,
             deepspeed=deepspeed,
+            reference=reference_place(job, plan, eval_plan, encoder, precision, resources.device),
         )
         reporter.say(f"{job.name}: {_describe(work)}")
         for data_set, store in zip(plan.sets, options.stores, strict=True):
             if store:
                 reporter.say(f"{data_set.name}: prepared tokens are read from {store}")
+        if work.reference is not None and work.reference.is_whole:
+            reporter.say(f"reference log-probabilities are read from {work.reference.folder}")
         return Execution(work, reporter, phases).run()
 
 

@@ -12,6 +12,7 @@ from rayloom.config.job import JobConfig
 from rayloom.data.plan import Plan, Position
 from rayloom.data.segment import Encoder, EncodeSegment, SegmentOptions
 from rayloom.stages.prepare import eval_options
+from rayloom.stages.reference import ReferencePlace
 from rayloom.train.config import TrainConfig
 from rayloom.train.meter import StreamMeter
 from rayloom.train.run_dir import CHECKPOINTS, RunDir
@@ -45,6 +46,8 @@ class Work:
     """Most segments of one execution of the pipeline: Ray Data lists all its tasks up front."""
     deepspeed: dict[str, Any]
     """What the user's DeepSpeed JSON says."""
+    reference: ReferencePlace | None = None
+    """Where the reference's log-probabilities are kept, if they are."""
 
     def segments(self, start: Position) -> int:
         """How many segments to make from `start` on, in one execution of the pipeline.
@@ -91,6 +94,7 @@ def ray_trainer(work: Work, monitor: Any) -> Any:
             "chat_template": getattr(work.encoder, "template", None),
             "device": resources.device,
             "deepspeed": work.deepspeed,
+            "reference": work.reference,
             "sets": [data_set.name for data_set in work.plan.sets],
             "eval_sets": [data_set.name for data_set in work.eval_plan.sets] if work.eval_plan else [],
             "model_dir": str(run.model),
@@ -118,7 +122,8 @@ def ray_trainer(work: Work, monitor: Any) -> Any:
 
 
 def _dealers(work: Work) -> dict[str, Any]:
-    """Who deals the streams to the workers: `train`, which begins where the last checkpoint ends, and `eval`.
+    """Who deals the streams to the workers: `train`, which begins where the last checkpoint ends, `eval`, and
+    `reference`, the rows of `train` once more.
 
     Not Ray Train's own `datasets`, which start their actors one after the other once the workers are there.
     """
@@ -129,16 +134,21 @@ def _dealers(work: Work) -> dict[str, Any]:
     checkpoint = work.run.latest_checkpoint()
     start = StreamMeter.load(checkpoint)[0].position if checkpoint else Position()
     given = [work.first] if start == Position() else []
-    stream = build_stream(
-        work.plan,
-        EncodeSegment(work.encoder, work.options),
-        start,
-        segments=work.segments(start),
-        task_cpus=resources.task_cpus,
-        concurrency=resources.task_concurrency,
-        made=len(given),
-    )
-    dealers = {"train": start_dealer(stream, job.train.workers, *given)}
+    names = ["train"]
+    if work.reference is not None and not work.reference.is_whole:
+        names.append("reference")  # the same rows, before the training
+    dealers = {}
+    for name in names:
+        stream = build_stream(
+            work.plan,
+            EncodeSegment(work.encoder, work.options),
+            start,
+            segments=work.segments(start),
+            task_cpus=resources.task_cpus,
+            concurrency=resources.task_concurrency,
+            made=len(given),
+        )
+        dealers[name] = start_dealer(stream, job.train.workers, *given)
     if work.eval_plan is not None:
         eval_stream = build_stream(
             work.eval_plan,
