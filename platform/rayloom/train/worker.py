@@ -44,6 +44,7 @@ from rayloom.train.meter import StreamMeter
 from rayloom.train.monitor import answer
 from rayloom.train.preference_trainer import PreferenceTrainer
 from rayloom.train.reference import ReferencePass, Scorer
+from rayloom.train.reshard import fitting_checkpoint
 from rayloom.train.reward_trainer import RewardTrainer
 from rayloom.train.trainer import StreamTrainer
 
@@ -185,6 +186,8 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
         if checkpoint is not None:
             folder = stack.enter_context(checkpoint.as_directory())
             meter, _ = StreamMeter.load(Path(folder))
+            if isinstance(arguments.deepspeed, dict):
+                folder = str(fitting_checkpoint(Path(folder), scratch / "fitting", rank, workers, arguments.deepspeed))
         of_token = token_loss(job.stage)
         trainer = _TRAINERS[job.stage.type](
             model=model,
