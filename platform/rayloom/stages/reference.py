@@ -55,7 +55,9 @@ def reference_place(
     sets = [plan.fingerprints, eval_plan.fingerprints if eval_plan else None]
     train = job.train
     length = [train.epochs, train.max_steps, train.rows_per_step, train.seed]
-    return ReferencePlace(root / _key(_model_facts(job, precision, device)), _key([data, sets, encoder.key(), length]))
+    converters = Path(job.data.converters).expanduser().read_text(encoding="utf-8") if job.data.converters else None
+    rows = [data, sets, converters, encoder.key(), version("tokenizers"), length]
+    return ReferencePlace(root / _key(_model_facts(job, precision, device)), _key(rows))
 
 
 def _model_facts(job: JobConfig, precision: Precision, device: str) -> list[Any]:

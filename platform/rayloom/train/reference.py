@@ -59,7 +59,8 @@ class Scorer:
         import deepspeed
 
         engine, *_ = deepspeed.initialize(model=model, config=self.zero3)
-        return engine.eval()
+        engine.eval()  # which returns nothing
+        return engine
 
     def sums(self, table: pa.Table) -> np.ndarray:
         """(rows, 2) float32 of rows that have tokens; nan where a row has no second sequence. Of no rows the model is

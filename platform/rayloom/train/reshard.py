@@ -69,9 +69,18 @@ def fitting_checkpoint(folder: Path, target: Path, rank: int, workers: int, conf
 def recut(pieces: Pieces, total: int, rank: int, workers: int) -> torch.Tensor:
     """The piece of one of `workers`: equal pieces, of which the first `total` numbers count, and zeros behind them."""
     length = -(-total // (_ALIGNMENT * workers)) * _ALIGNMENT
-    whole = torch.cat(pieces)[:total]
-    piece = whole[rank * length : (rank + 1) * length]
+    piece = _span(pieces, min(total, rank * length), min(total, (rank + 1) * length))
     return torch.cat([piece, piece.new_zeros(length - len(piece))])
+
+
+def _span(pieces: Pieces, start: int, stop: int) -> torch.Tensor:
+    """Numbers `start` to before `stop` of all pieces together. The rest of a file is not read."""
+    found, before = [pieces[0][:0]], 0
+    for piece in pieces:
+        first, last = max(0, start - before), min(len(piece), stop - before)
+        found.append(piece[first : max(first, last)])
+        before += len(piece)
+    return torch.cat(found)
 
 
 def _stage12(parts: list[dict[str, Any]], rank: int, workers: int) -> dict[str, Any]:
