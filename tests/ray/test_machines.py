@@ -94,7 +94,8 @@ def spread_job(model: Path, output: Path, sets: list[dict[str, Any]], name: str,
 
 def losses(config: JobConfig) -> list[float]:
     rows = [row for row in metrics(config) if "loss" in row]
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert config.train.max_steps is not None
+    assert [row["step"] for row in rows] == list(range(1, config.train.max_steps + 1))
     return [row["loss"] for row in rows]
 
 
@@ -130,3 +131,32 @@ def test_a_machine_dies(machine: Machine, tiny_model: Path, sets: list[dict[str,
     assert event["kind"] == "fault"
     assert event["seconds"] > 0
     assert losses(killed) == pytest.approx(losses(alone), abs=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["none", "zero2"])
+def test_a_machine_is_added(
+    engine: str,
+    head: LocalHead,
+    tiny_model: Path,
+    sets: list[dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A job for two workers begins with the one for which there is room, and goes on with two when a machine comes."""
+    monkeypatch.setattr("rayloom.train.execution._GROW_SECONDS", 5.0)
+    long = {"max_steps": 4 * STEPS, "save_steps": 4 * STEPS}
+    alone = spread_job(tiny_model, tmp_path, sets, "alone", **long)
+    run(alone)
+    growing = spread_job(tiny_model, tmp_path, sets, "growing", workers=2, min_workers=1, deepspeed=engine, **long)
+    added: list[Machine] = []
+    try:
+        with at_step(growing, 5, lambda: added.append(Machine(head))):
+            result, _ = run(growing)
+    finally:
+        for machine in added:
+            machine.end()
+        wait_for_nodes(head, 1)
+    (event,) = result["breaks"]
+    assert (event["kind"], event["what"]) == ("moved", "there is room for 2 workers")
+    assert 5 < event["from_step"] < 4 * STEPS
+    assert losses(growing) == pytest.approx(losses(alone), abs=1e-4)

@@ -72,10 +72,6 @@ def test_a_file_that_is_not_there(tmp_path):
         ({"deepspeed": "zero1", "on_bad_step": "skip"}, "on_bad_step skip: DeepSpeed makes its steps itself"),
         ({"workers": 2, "min_workers": 3, "global_batch_size": 8}, r"min_workers 3 is more than workers \(2\)"),
         ({"workers": 2, "min_workers": 1}, "min_workers needs global_batch_size"),
-        (
-            {"workers": 2, "min_workers": 1, "global_batch_size": 8, "deepspeed": "zero2"},
-            "min_workers: the state of zero2 is cut up for a number of workers",
-        ),
         ({"best_metric": "eval_loss"}, "best_metric needs eval_steps"),
         ({"early_stopping": 2}, "early_stopping needs best_metric"),
     ],

@@ -156,7 +156,8 @@ def job(**parts: Any) -> JobConfig:
         (
             {"loss": "ipo"},
             {"init": "pissa"},
-            "takes a part; say stage.reference: copy, a second copy of the weights, or take",
+            "takes a part; say stage.reference: cached, log-probabilities computed before, or copy, a "
+            "second copy of the weights; or take",
         ),
         ({}, {"adapters": ["x"]}, "unless method.new_adapter is true"),
         ({"loss": {"orpo": 1.0, "ipo": 0.5}}, {"type": "full"}, "stage.loss: ipo compares with"),
@@ -167,7 +168,9 @@ def test_what_has_no_reference(stage, method, message):
         check_stage(job(stage={"type": "dpo", **stage}, method=method))
     check_stage(job(stage={"type": "dpo", "loss": "orpo"}, method=method))
     check_stage(job(stage={"type": "dpo", "reference": "copy", **stage}, method=method))
-    with pytest.raises(RequestError, match=r"stage.reference: copy: zero3 would not shard the copy"):
+    with pytest.raises(
+        RequestError, match=r"stage.reference: copy: zero3 would not shard the copy; use zero2, or cached"
+    ):
         check_stage(job(stage={"type": "dpo", "reference": "copy"}, method=method, train={"deepspeed": "zero3"}))
 
 
@@ -184,6 +187,7 @@ def test_what_has_no_reference(stage, method, message):
         ({"gamma": 1.0}, "gamma is for loss simpo, not sigmoid"),
         ({"loss": "bce"}, "sigmoid"),
         ({"loss": "simpo", "reference": "copy"}, "reference copy: the loss simpo compares with no reference"),
+        ({"loss": "orpo", "reference": "cached"}, "reference cached: the loss orpo compares with no reference"),
         ({"loss": {}}, "at least 1"),
         ({"loss": {"sigmoid": 0.0}}, "greater than 0"),
         ({"loss": {"hinge": 1, "ipo": 1}, "label_smoothing": 0.1}, "not hinge, ipo"),

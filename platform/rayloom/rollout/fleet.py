@@ -98,6 +98,11 @@ class Fleet:
             self._rounds.pop(number, None)
         return answers[rank]
 
+    async def is_answered(self, number: int) -> bool:
+        """Whether a round that was asked for has its answers, or will never have any."""
+        asked = self._rounds.get(number)
+        return asked is not None and asked.answers is not None and asked.answers.done()
+
     async def _answer_round(self, asked: _Round) -> dict[int, list[Rollout]]:
         """Wait for all ranks, then have all of their prompts answered."""
         async with self._turn:
@@ -224,7 +229,8 @@ class Pending:
     @property
     def is_ready(self) -> bool:
         """Whether `collect` would return, or raise, at once."""
-        return bool(ray.wait([self.reference], timeout=0)[0])
+        said = self.client.fleet.is_answered.remote(self.number)
+        return bool(self.client._get(said, f"whether round {self.number} is answered", _WORD_SECONDS))
 
     def collect(self) -> list[Rollout]:
         """Wait for the answers; ordered by (prompt, sample)."""

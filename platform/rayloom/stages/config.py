@@ -10,7 +10,7 @@ from rayloom.config.part import Number
 from rayloom.stages.ppo_config import PpoConfig
 from rayloom.stages.stage import Stage
 
-Reference = Literal["adapter_off", "copy"]
+Reference = Literal["adapter_off", "copy", "cached"]
 
 
 class PretrainConfig(Stage):
@@ -89,8 +89,9 @@ class DpoConfig(Stage):
     up."""
     reference: Reference = "adapter_off"
     """What the other losses compare with, the model as it was before this training: `adapter_off`, the model with its
-    adapter off, of which there is one copy; or `copy`, a second copy of the weights in memory, which every method can
-    have."""
+    adapter off, of which there is one copy; `copy`, a second copy of the weights in memory; or `cached`, the same as
+    `copy` without its memory: the log-probabilities of all rows, computed before the training and kept in
+    `output_dir/reference`, where later jobs find them. Every method can have the last two."""
     beta: Number = Field(default=0.1, gt=0)
     """How much a change from the reference weighs, above 0; of `orpo` the weight of its odds ratio, and `simpo` wants 2
     and more."""
@@ -114,8 +115,8 @@ class DpoConfig(Stage):
             raise ValueError("label_smoothing of exo_pair must be above 0; its logarithm is in the loss")
         if self.gamma is not None and "simpo" not in self.weights:
             raise ValueError(f"gamma is for loss simpo, not {names}")
-        if self.reference == "copy" and not self.has_reference:
-            raise ValueError(f"reference copy: the loss {names} compares with no reference; leave it out")
+        if self.reference != "adapter_off" and not self.has_reference:
+            raise ValueError(f"reference {self.reference}: the loss {names} compares with no reference; leave it out")
         if self.ld_alpha is not None and (self.ftx or self.weights.keys() & {*FREE}):
             what = "ftx takes means" if self.ftx else f"the losses {', '.join(FREE)} take means"
             raise ValueError(f"ld_alpha weighs log-probabilities, of which {what}; leave one of them out")
@@ -156,7 +157,8 @@ class KtoConfig(Stage):
     undesirable_weight: Number = Field(default=1.0, gt=0)
     """Weight of bad answers, above 0."""
     reference: Reference = "adapter_off"
-    """As in stage dpo: `adapter_off`, or `copy`, a second copy of the weights."""
+    """As in stage dpo: `adapter_off`; `copy`, a second copy of the weights; or `cached`, log-probabilities computed
+    before the training."""
 
     @property
     def has_reference(self) -> bool:

@@ -21,15 +21,16 @@ def check_stage(job: JobConfig) -> None:
 
 
 def _reference(job: JobConfig) -> str | None:
-    """With its adapter off a model must be what it was before the training; a copy is that with any method."""
+    """With its adapter off a model must be what it was before the training; a copy is that with any method, and so is
+    what has been computed before."""
     stage, method = job.stage, job.method
     if not isinstance(stage, DpoConfig | KtoConfig) or not stage.has_reference:
         return None
+    if stage.reference == "cached":
+        return None
     if stage.reference == "copy":
         is_sharded = job.train.deepspeed == "zero3"
-        return (
-            "stage.reference: copy: zero3 would not shard the copy; use zero2, or adapter_off" if is_sharded else None
-        )
+        return "stage.reference: copy: zero3 would not shard the copy; use zero2, or cached" if is_sharded else None
     why = None
     if method.type in ("full", "freeze"):
         why = "compares with the model with its adapter off, and there is none"
@@ -39,11 +40,11 @@ def _reference(job: JobConfig) -> str | None:
         why = "would compare with the model as it was before method.adapters, unless method.new_adapter is true"
     if why is None:
         return None
-    more = "say stage.reference: copy, a second copy of the weights"
+    more = "say stage.reference: cached, log-probabilities computed before, or copy, a second copy of the weights"
     if isinstance(stage, KtoConfig):
         return f"stage.type: kto {why}; {more}"
     names = " and ".join(name for name in stage.weights if name not in FREE)
-    return f"stage.loss: {names} {why}; {more}, or take a loss without a reference ({', '.join(FREE)})"
+    return f"stage.loss: {names} {why}; {more}; or take a loss without a reference ({', '.join(FREE)})"
 
 
 def _router_loss(job: JobConfig) -> str | None:

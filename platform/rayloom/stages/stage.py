@@ -17,5 +17,5 @@ class Stage(ConfigPart):
 
     @property
     def has_reference(self) -> bool:
-        """Whether the loss compares with a reference, which is the model with its adapter off."""
+        """Whether the loss compares with a reference: the model as it was before the training."""
         return False

@@ -17,7 +17,7 @@ class TrainConfig(ConfigPart):
     min_workers: Whole | None = Field(default=None, ge=1)
     """The fewest workers to train with, where the cluster has no room for `workers`; at least 1. The job begins with
     what fits, goes on with fewer when it loses a machine, and with more when there is room. Needs `global_batch_size`,
-    so that a step takes the same rows whatever their number, and `deepspeed: none`. Left out: `workers`, no fewer."""
+    so that a step takes the same rows whatever their number. Left out: `workers`, no fewer."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """What a worker computes on. `auto`: GPUs when the cluster has any."""
     cpus_per_worker: Number = Field(default=1.0, gt=0)
@@ -163,11 +163,6 @@ class TrainConfig(ConfigPart):
             raise ValueError(f"min_workers {self.min_workers} is more than workers ({self.workers})")
         if self.global_batch_size is None:
             raise ValueError("min_workers needs global_batch_size: else fewer workers would take fewer rows in a step")
-        if self.deepspeed != "none":
-            raise ValueError(
-                f"min_workers: the state of {self.deepspeed} is cut up for a number of workers and cannot be loaded by "
-                "another; use deepspeed: none"
-            )
         return self
 
     @model_validator(mode="after")

@@ -56,6 +56,19 @@ def deepspeed_config(
     return _merged(settled, own or {})
 
 
+def inference_config(train: TrainConfig, precision: Precision) -> dict[str, Any] | None:
+    """The same for a model that only computes; None where its weights are not sharded."""
+    if train.deepspeed != "zero3":
+        return None
+    zero: dict[str, Any] = {"stage": 3} | ({"offload_param": {"device": "cpu"}} if train.offload == "all" else {})
+    return {
+        "train_micro_batch_size_per_gpu": train.batch_size,
+        "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16"},
+        "zero_optimization": zero,
+    }
+
+
 def read_deepspeed_json(train: TrainConfig) -> dict[str, Any]:
     """What the user's DeepSpeed JSON adds to the job's own; empty where the job names none.
 

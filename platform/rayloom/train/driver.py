@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,6 +28,7 @@ from rayloom.methods.rules import check_combination
 from rayloom.models.check import check_model
 from rayloom.models.precision import choose_precision, computes_bf16
 from rayloom.stages.prepare import make_encoder, plan_data, prepare_eval, segment_options, with_stores
+from rayloom.stages.reference import reference_place
 from rayloom.stages.rules import check_stage
 from rayloom.train.deepspeed import read_deepspeed_json
 from rayloom.train.launch import Work
@@ -77,12 +79,11 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
 
     with Reporter() as reporter, ray_session(verbose=verbose) as own_cluster:
         # These load Ray, which reads what `prepare_environment` has set.
+        from rayloom.train.engines import engine_bundles, engines_of
         from rayloom.train.execution import Execution
         from rayloom.train.resources import settle_workers
 
         phases["ray"] = time.time()
-        from rayloom.train.engines import engine_bundles, engines_of
-
         train, resources = settle_workers(job.train, wait=not own_cluster, beside=partial(engine_bundles, job))
         has_bf16 = resources.device == "gpu" or computes_bf16("cpu")
         precision = choose_precision(job.train.precision, resources.device, bf16=has_bf16)
@@ -103,12 +104,20 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
             resources=resources,
             segments_at_once=_SEGMENTS_AT_ONCE,
             deepspeed=deepspeed,
+            reference=reference_place(job, plan, eval_plan, encoder, precision, resources.device),
         )
         reporter.say(f"{job.name}: {_describe(work)}")
         for data_set, store in zip(plan.sets, options.stores, strict=True):
             if store:
                 reporter.say(f"{data_set.name}: prepared tokens are read from {store}")
-        with engines_of(job, resources.device, precision, first) as fleet:
+        if work.reference is not None and work.reference.is_whole:
+            reporter.say(f"reference log-probabilities are read from {work.reference.folder}")
+        with ExitStack() as stack:
+            try:
+                fleet = stack.enter_context(engines_of(job, resources.device, precision, first))
+            except BaseException:
+                run.undo()
+                raise
             if fleet is not None:
                 phases["engines"] = time.time()
             return Execution(replace(work, fleet=fleet), reporter, phases).run()

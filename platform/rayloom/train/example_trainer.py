@@ -8,12 +8,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 
+from rayloom.data.reference import ReferenceTable, row_keys
+from rayloom.errors import JobError
 from rayloom.methods.prompts import virtual_tokens
 from rayloom.train.batch import Batch, TrainedPositions
 from rayloom.train.meter import StepCount
+from rayloom.train.pairs import log_probability_sums
 from rayloom.train.trainer import StreamTrainer
 
 
@@ -33,11 +37,11 @@ class ExampleTrainer(StreamTrainer):
 
     loss_is_scaled_for_ga = True  # it is over all of the step's examples
 
-    def __init__(self, *, reference: Any = None, **kw: Any) -> None:
-        """`reference`: a copy of the model as it was before training, for losses that compare with one; None: the
-        model with its adapter off."""
+    def __init__(self, *, reference: Any = None, cached: ReferenceTable | None = None, **kw: Any) -> None:
+        """What losses that compare with the model as it was before training compare with: `reference`, a copy of it, or
+        `cached`, what it gave for every row; neither: the model with its adapter off."""
         super().__init__(**kw)
-        self._copy = reference
+        self._copy, self._cached = reference, cached
         if reference is not None:
             reference.requires_grad_(False).eval().to(self.args.device)
             self._copy_positions = TrainedPositions(reference, skip=virtual_tokens(reference))
@@ -57,6 +61,25 @@ class ExampleTrainer(StreamTrainer):
         self._sums += _sums(scores.measures).cpu()
         share: torch.Tensor = scores.losses.sum() / kwargs["num_items_in_batch"]
         return share * self.accelerator.num_processes
+
+    def _cached_sums(self, table: pa.Table) -> np.ndarray:
+        """(rows, 2): what the reference gave for the sequences of rows that have some."""
+        assert self._cached is not None
+        try:
+            return self._cached.sums(row_keys(table))
+        except KeyError as error:
+            raise JobError(
+                f"stage.reference: the reference log-probabilities of {error.args[0]} are not there; "
+                "delete output_dir/reference, and they are computed again"
+            ) from None
+
+    def _reference_sums(self, inputs: Batch, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """The reference's `log_probability_sums` of a batch."""
+        if self._cached is not None:
+            cached: torch.Tensor = inputs["reference"]
+            return cached.view(torch.float32)
+        with self._reference(inputs["positions"]) as before:
+            return log_probability_sums(before, inputs, weights)
 
     @contextmanager
     def _reference(self, positions: torch.Tensor) -> Iterator[Any]:
@@ -86,9 +109,11 @@ class ExampleTrainer(StreamTrainer):
     # --- what is measured --------------------------------------------------------------------------------------------
 
     def _stage_metrics(self) -> dict[str, float]:
-        means = _means(self._sums.to(self.args.device))
+        sums = self._sums.to(self.args.device)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
         self._sums.zero_()
-        return dict(zip(self.measured, means.tolist(), strict=True))
+        return dict(zip(self.measured, _means(sums).tolist(), strict=True))
 
     def _eval_metrics(self, tables: list[pa.Table]) -> dict[str, float]:
         """`eval_loss` and, behind `eval_`, what is measured: means over the examples, and of each set where there are
@@ -120,6 +145,12 @@ class ExampleTrainer(StreamTrainer):
 
     def _begin_evaluation(self, model: Any, tables: list[pa.Table]) -> None:
         """What must be known of all examples before any is scored."""
+
+
+def as_input(sums: np.ndarray) -> torch.Tensor:
+    """The reference's float32 numbers for a batch, one of padding where there are none. Their bits as whole numbers:
+    under DeepSpeed transformers rounds a batch's floating-point numbers to what the model computes in."""
+    return torch.from_numpy(np.ascontiguousarray(sums if len(sums) else np.zeros(1, np.float32)).view(np.int32))
 
 
 def _sums(measures: torch.Tensor) -> torch.Tensor:

@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from rayloom.losses.judgement import kto
 from rayloom.stages.config import KtoConfig
 from rayloom.train.batch import Batch, make_batch
-from rayloom.train.example_trainer import ExampleTrainer, Scores
-from rayloom.train.pairs import answer_sums, first_sequences, sides_of
+from rayloom.train.example_trainer import ExampleTrainer, Scores, as_input
+from rayloom.train.pairs import first_sequences, log_probability_sums, sides_of
 
 
 class KtoTrainer(ExampleTrainer):
@@ -32,11 +34,13 @@ class KtoTrainer(ExampleTrainer):
         """The answers behind their own prompts; `desirable` (rows,); under `mismatched` the same behind others'."""
         own, mismatched = first_sequences(table), sides_of(table)[1]
         judged = [row for row, ids in zip(table["desirable"].to_pylist(), table["input_ids"], strict=True) if len(ids)]
-        return {
-            **make_batch(own, self._pad_token),
-            "desirable": torch.tensor(judged, dtype=torch.bool),
-            "mismatched": make_batch(mismatched, self._pad_token),
-        }
+        batch = make_batch(own, self._pad_token)
+        others = make_batch(mismatched, self._pad_token)
+        if self._cached is not None:
+            sums = self._cached_sums(table.filter(pc.greater(pc.list_value_length(table["input_ids"]), 0)))
+            batch["reference"] = as_input(sums[:, 0])
+            others["reference"] = as_input(sums[~np.isnan(sums[:, 1]), 1])
+        return {**batch, "desirable": torch.tensor(judged, dtype=torch.bool), "mismatched": others}
 
     def get_batch_samples(self, *args: Any) -> tuple[list[Batch], torch.Tensor | None]:
         """The batches of a step, whose divergence is measured before its first one trains."""
@@ -90,18 +94,9 @@ class KtoTrainer(ExampleTrainer):
 
     def _ratios(self, model: Any, inputs: Batch) -> torch.Tensor:
         """Log-probability under the policy less that under the reference, (rows,)."""
-        positions, labels = inputs["positions"], inputs["labels"][0]
-        shape = inputs["input_ids"].shape
-        given = {name: tensor for name, tensor in inputs.items() if name in ("input_ids", "position_ids")}
-
-        def sums(called: Any) -> torch.Tensor:
-            logits = called(**given, use_cache=False).logits[0]
-            return answer_sums(logits, labels, positions // shape[1], shape[0])
-
-        with self._reference(positions) as before:
-            reference = sums(before)
-        self._trained_positions.choose(positions)
-        return sums(model) - reference
+        reference = self._reference_sums(inputs)
+        self._trained_positions.choose(inputs["positions"])
+        return log_probability_sums(model, inputs) - reference
 
     def _has_answer(self, inputs: Batch) -> torch.Tensor:
         """(rows,) bool: all but the row of padding of a batch without rows."""

@@ -13,6 +13,7 @@ from rayloom.config.job import JobConfig
 from rayloom.data.plan import Plan, Position
 from rayloom.data.segment import Encoder, EncodeSegment, SegmentOptions
 from rayloom.stages.prepare import eval_options
+from rayloom.stages.reference import ReferencePlace
 from rayloom.train.config import TrainConfig
 from rayloom.train.meter import StreamMeter
 from rayloom.train.ppo_rules import stream_rows
@@ -49,6 +50,8 @@ class Work:
     """What the user's DeepSpeed JSON says."""
     fleet: Any = None
     """The engines of stage ppo, as workers call them."""
+    reference: ReferencePlace | None = None
+    """Where the reference's log-probabilities are kept, if they are."""
 
     def segments(self, start: Position) -> int:
         """How many segments to make from `start` on, in one execution of the pipeline.
@@ -94,6 +97,7 @@ def ray_trainer(work: Work, monitor: Any) -> Any:
             "device": resources.device,
             "deepspeed": work.deepspeed,
             "fleet": work.fleet,
+            "reference": work.reference,
             "sets": [data_set.name for data_set in work.plan.sets],
             "eval_sets": [data_set.name for data_set in work.eval_plan.sets] if work.eval_plan else [],
             "model_dir": str(run.model),
@@ -122,7 +126,8 @@ def ray_trainer(work: Work, monitor: Any) -> Any:
 
 
 def _dealers(work: Work) -> dict[str, Any]:
-    """Who deals the streams to the workers: `train`, which begins where the last checkpoint ends, and `eval`.
+    """Who deals the streams to the workers: `train`, which begins where the last checkpoint ends, `eval`, and
+    `reference`, the rows of `train` once more.
 
     Not Ray Train's own `datasets`, which start their actors one after the other once the workers are there.
     """
@@ -133,16 +138,21 @@ def _dealers(work: Work) -> dict[str, Any]:
     checkpoint = work.run.latest_checkpoint()
     start = StreamMeter.load(checkpoint)[0].position if checkpoint else Position()
     given = [work.first] if start == Position() else []
-    stream = build_stream(
-        work.plan,
-        EncodeSegment(work.encoder, work.options),
-        start,
-        segments=work.segments(start),
-        task_cpus=resources.task_cpus,
-        concurrency=resources.task_concurrency,
-        made=len(given),
-    )
-    dealers = {"train": start_dealer(stream, job.train.workers, *given)}
+    names = ["train"]
+    if work.reference is not None and not work.reference.is_whole:
+        names.append("reference")  # the same rows, before the training
+    dealers = {}
+    for name in names:
+        stream = build_stream(
+            work.plan,
+            EncodeSegment(work.encoder, work.options),
+            start,
+            segments=work.segments(start),
+            task_cpus=resources.task_cpus,
+            concurrency=resources.task_concurrency,
+            made=len(given),
+        )
+        dealers[name] = start_dealer(stream, job.train.workers, *given)
     if work.eval_plan is not None:
         eval_stream = build_stream(
             work.eval_plan,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pyarrow as pa
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -47,15 +49,19 @@ def first_sequences(table: pa.Table) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=pa.schema([table.schema.field(name) for name in _COLUMNS]))
 
 
+def second_starts(table: pa.Table) -> list[int]:
+    """Of each row where its second sequence begins; 0: it has none."""
+    return [second_start(positions.values.to_numpy()) for positions in table["position_ids"]]
+
+
 def sides_of(table: pa.Table) -> tuple[pa.Table, pa.Table]:
     """The first and the second sequences of a table's rows. A row that has not two, all was left out of it, is in
     neither."""
     sides: tuple[list[dict[str, list[int]]], ...] = ([], [])
-    for number in range(table.num_rows):
-        columns = {name: table[name][number].values for name in _COLUMNS}
-        border = second_start(columns["position_ids"].to_numpy())
+    for number, border in enumerate(second_starts(table)):
         if not border:
             continue
+        columns = {name: table[name][number].values for name in _COLUMNS}
         for side, part in zip(sides, (slice(0, border), slice(border, None)), strict=True):
             side.append({name: values[part].to_pylist() for name, values in columns.items()})
     schema = pa.schema([table.schema.field(name) for name in _COLUMNS])
@@ -86,6 +92,19 @@ def answer_sums(
         found = checkpoint(_log_probabilities, logits[part], labels[part], use_reentrant=False)
         sums = sums.index_add(0, rows[part], found if weights is None else weights[part] * found)
     return sums
+
+
+def log_probability_sums(called: Any, inputs: Batch, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """The same, of a batch by a model whose output layer sees the batch's `positions` only (`TrainedPositions`).
+
+    Args:
+        called: the model.
+        inputs: as `make_batch` gives it.
+    """
+    given = {name: tensor for name, tensor in inputs.items() if name in ("input_ids", "position_ids")}
+    rows, length = inputs["input_ids"].shape
+    logits = called(**given, use_cache=False).logits[0]
+    return answer_sums(logits, inputs["labels"][0], inputs["positions"] // length, rows, weights)
 
 
 def _log_probabilities(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

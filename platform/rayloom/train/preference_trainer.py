@@ -18,8 +18,8 @@ from rayloom.losses.pairs import Pairs, tail_weights
 from rayloom.losses.preference import LOSSES
 from rayloom.stages.config import DpoConfig
 from rayloom.train.batch import Batch
-from rayloom.train.example_trainer import ExampleTrainer, Scores
-from rayloom.train.pairs import answer_sums, make_pair_batch, pairs_of
+from rayloom.train.example_trainer import ExampleTrainer, Scores, as_input
+from rayloom.train.pairs import log_probability_sums, make_pair_batch, pairs_of, second_starts
 
 _REWARDS_FILE = "rewards.json"
 
@@ -37,7 +37,11 @@ class PreferenceTrainer(ExampleTrainer):
         self._now = torch.zeros(2, dtype=torch.float64)
 
     def _batch(self, table: pa.Table) -> Batch:
-        return make_pair_batch(table, self._pad_token)
+        batch = make_pair_batch(table, self._pad_token)
+        if self._cached is not None:  # of all chosen answers, then of all rejected ones, as the batch has them
+            sums = self._cached_sums(table.filter(pa.array(second_starts(table), pa.int64()).cast(pa.bool_())))
+            batch["reference"] = as_input(sums.T.flatten())
+        return batch
 
     def _scores(self, model: Any, inputs: Batch) -> Scores:
         pairs = self._pairs(model, inputs)
@@ -75,21 +79,13 @@ class PreferenceTrainer(ExampleTrainer):
         """The log-probabilities of a batch; of one without pairs a loss of nothing that still has the model's graph."""
         positions, labels = inputs["positions"], inputs["labels"][0]
         shape = inputs["input_ids"].shape
-        given = {name: tensor for name, tensor in inputs.items() if name in ("input_ids", "position_ids")}
         rows = positions // shape[1]
         is_empty = shape[0] % 2 == 1  # one row of padding that stands for no pair
         alpha = self._stage.ld_alpha
         weights = None if alpha is None or is_empty else tail_weights(rows, labels, shape[0], alpha)
-
-        def sums(called: Any) -> torch.Tensor:
-            return answer_sums(called(**given, use_cache=False).logits[0], labels, rows, shape[0], weights)
-
-        reference = None
-        if self._stage.has_reference:
-            with self._reference(positions) as before:
-                reference = sums(before)
+        reference = self._reference_sums(inputs, weights) if self._stage.has_reference else None
         self._trained_positions.choose(positions)
-        policy = sums(model)
+        policy = log_probability_sums(model, inputs, weights)
         return policy * 0.0 if is_empty else pairs_of(policy, reference, labels, rows)
 
     # --- the mean of all rewards before, which bco_pair subtracts --------------------------------------------------

@@ -219,11 +219,6 @@ def _check_resume(job: JobConfig, run: RunDir) -> None:
         old, new = getattr(before.train, attribute), getattr(job.train, attribute)
         if old != new:
             faults.append(f"resume: train.{key} is {new}, but the run was made with {old}; it must stay as it was")
-    if before.train.workers != job.train.workers and job.train.deepspeed != "none":
-        faults.append(
-            f"resume: the checkpoint is {job.train.deepspeed} state of {before.train.workers} workers; "
-            f"resume with train.workers={before.train.workers}"
-        )
     if faults:
         raise RequestError(*faults)
     meter, step = StreamMeter.load(checkpoint)

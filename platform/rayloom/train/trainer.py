@@ -38,6 +38,7 @@ from rayloom.train.evaluate import evaluate
 from rayloom.train.guard import GradientGuard
 from rayloom.train.meter import BatchCount, StepCount, StreamMeter
 from rayloom.train.monitor import answer
+from rayloom.train.reshard import fitting_checkpoint
 from rayloom.train.schedule import ProgressSchedule, learning_rate_factor
 
 _NAMED = 32  # rows that a message names at most
@@ -262,8 +263,11 @@ class StreamTrainer(transformers.Trainer):
         self._writer.wait()
         folder = self._writer.folder / checkpoint_name(best["step"])
         if self.is_deepspeed_enabled:
+            config: Any = self.args.deepspeed
+            own = Path(str(self.args.output_dir)) / "best"
+            fitting = fitting_checkpoint(folder, own, self.args.process_index, self.args.world_size, config)
             deepspeed_load_checkpoint(
-                self.model_wrapped, str(folder), load_module_strict=not hasattr(self.model, "peft_config")
+                self.model_wrapped, str(fitting), load_module_strict=not hasattr(self.model, "peft_config")
             )
         else:
             self._load_from_checkpoint(str(folder), self.model)

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import transformers
 
 from rayloom.config.job import JobConfig
 from rayloom.data.deal import Shard
+from rayloom.data.reference import ReferenceTable, read_table
 from rayloom.errors import JobError, RequestError
 from rayloom.methods.attach import attach_method
 from rayloom.methods.config import LoraConfig, MethodConfig
@@ -34,8 +35,9 @@ from rayloom.models.quantization import leave_out_of_broadcast
 from rayloom.models.tokenizer import TokenizerSource, load_tokenizer, pad_token
 from rayloom.models.value_head import attach_value_head
 from rayloom.models.vocabulary import added_token_ids
+from rayloom.stages.reference import ReferencePlace
 from rayloom.stages.step_loss import step_loss, token_loss
-from rayloom.train.deepspeed import deepspeed_config, engine_of
+from rayloom.train.deepspeed import deepspeed_config, engine_of, inference_config
 from rayloom.train.kernels import load_cpu_kernels
 from rayloom.train.kto_trainer import KtoTrainer
 from rayloom.train.meter import StreamMeter
@@ -43,6 +45,8 @@ from rayloom.train.monitor import answer
 from rayloom.train.ppo_setup import prepare_model, trainer_parts
 from rayloom.train.ppo_trainer import PpoTrainer
 from rayloom.train.preference_trainer import PreferenceTrainer
+from rayloom.train.reference import ReferencePass, Scorer
+from rayloom.train.reshard import fitting_checkpoint
 from rayloom.train.reward_trainer import RewardTrainer
 from rayloom.train.trainer import StreamTrainer
 
@@ -151,8 +155,23 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
         )
         new_tokens = added_token_ids(tokenizer, job.model)
         more: dict[str, Any] = {}
-        if getattr(job.stage, "reference", None) == "copy" and job.stage.has_reference:
-            more["reference"] = _reference(load, job.method, new_tokens)
+        eval_tables = None
+        if eval_shard is not None:
+            eval_tables = cache(partial(eval_shard.first, job.data.eval_samples, job.train.batch_size))
+        reference = partial(_reference, load, job.method, new_tokens)
+        if job.stage.has_reference and getattr(job.stage, "reference", None) == "copy":
+            more["reference"] = reference()
+        if config["reference"] is not None:
+            scorer = Scorer(
+                reference,
+                pad_token(tokenizer),
+                arguments.device,
+                computing_dtype(precision) if job.train.deepspeed == "none" and precision in ("bf16", "fp16") else None,
+                inference_config(job.train, precision),
+                getattr(job.stage, "ld_alpha", None),
+            )
+            more["cached"] = _cached(config, job, shards.get("reference"), eval_tables, scorer, say)
+            phase("reference")
         model = attach_method(load(), job.method, new_tokens)
         if job.train.deepspeed == "none":
             cast_trained(model, precision)
@@ -177,6 +196,8 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
         if checkpoint is not None:
             folder = stack.enter_context(checkpoint.as_directory())
             meter, _ = StreamMeter.load(Path(folder))
+            if isinstance(arguments.deepspeed, dict):
+                folder = str(fitting_checkpoint(Path(folder), scratch / "fitting", rank, workers, arguments.deepspeed))
         of_token = token_loss(job.stage)
         trainer = _TRAINERS[job.stage.type](
             model=model,
@@ -192,9 +213,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
             monitor=monitor,
             pad_token=pad_token(tokenizer),
             manifest=job.data.manifest,
-            eval_tables=None
-            if eval_shard is None
-            else partial(eval_shard.first, job.data.eval_samples, job.train.batch_size),
+            eval_tables=eval_tables,
             set_names=config["sets"],
             eval_names=config["eval_sets"],
             checkpoints=Path(config["checkpoints"]),
@@ -273,6 +292,36 @@ def _reference(load: Callable[[], Any], method: MethodConfig, new_tokens: Sequen
     with torch.random.fork_rng():
         model = load()
         return attach_method(model, method, new_tokens) if isinstance(method, LoraConfig) and method.adapters else model
+
+
+def _cached(
+    config: dict[str, Any],
+    job: JobConfig,
+    shard: Shard | None,
+    eval_tables: Callable[[], list[pa.Table]] | None,
+    scorer: Scorer,
+    say: Callable[..., None],
+) -> ReferenceTable:
+    """What the reference says of every row that this execution trains or evaluates on."""
+    place: ReferencePlace = config["reference"]
+    if shard is None:  # a job like this one has left all of it
+        return read_table(place.folder)
+    step, train, checkpoint = 0, job.train, ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            _, step = StreamMeter.load(Path(folder))
+    work = ReferencePass(
+        folder=place.folder,
+        mark=place.mark,
+        batch_rows=train.batch_size,
+        batches_per_step=train.accumulation,
+        steps=None if train.max_steps is None else train.max_steps - step,
+        epochs=train.epochs,
+        from_start=step == 0,
+        stop=lambda: bool(answer(config["monitor"].stop_requested.remote(), "rank 0")),
+        say=say,
+    )
+    return work.run(shard.batches(train.batch_size), eval_tables() if eval_tables else [], scorer)
 
 
 def _weight_dtype(job: JobConfig, precision: Precision) -> torch.dtype:
