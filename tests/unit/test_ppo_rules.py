@@ -57,6 +57,7 @@ def test_steps_of_a_round() -> None:
         ({"train": {"workers": 3, "batch_size": 1}}, r"stage.prompts: 8 prompts cannot be dealt evenly to 3 workers"),
         ({"train": {"max_steps": 6}}, "train.max_steps: 6 steps end within a round, which has 4 .*say 4 or 8"),
         ({"method": {"type": "oft"}}, "method.type: oft: stage ppo trains with lora or full"),
+        ({"method": {"rank": 1024}}, "method.rank: 1024: the engines serve adapters up to rank 512"),
         ({"method": {"dora": True}}, "method.dora: the engines serve plain LoRA"),
         ({"method": {"init": "pissa"}}, "method.init: pissa changes the base"),
         ({"method": {"extra_modules": ["lm_head"]}}, "method.extra_modules: the engines serve adapters only"),

@@ -72,6 +72,11 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
 
     _check_model(job, job.train.device)
     _check_method(job)
+    if job.stage.type == "ppo":
+        from rayloom.train.ppo_check import check_lengths_and_heads, check_reward_models  # these load torch
+
+        check_lengths_and_heads(job)
+        check_reward_models(job)
     encoder = make_encoder(job)
     options = with_stores(job, plan, encoder, segment_options(job))
     first = _first_segment(job, plan, encoder, options)
@@ -126,14 +131,7 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
 def _check_model(job: JobConfig, device: str) -> None:
     known = None if device == "auto" else device
     zero3 = job.train.deepspeed == "zero3"
-    longest = job.data.cutoff + (job.rollout.max_tokens if job.stage.type == "ppo" else 0)
-    architecture, quantized = check_model(job.model, cutoff=longest, device=known, zero3=zero3)
-    most = getattr(architecture.text, "max_position_embeddings", None)
-    if job.stage.type == "ppo" and most is not None and longest > most:
-        raise RequestError(
-            f"data.cutoff: prompts of {job.data.cutoff} tokens with answers of {job.rollout.max_tokens} "
-            f"(rollout.max_tokens) pass the model's length of {most}; make one of them smaller"
-        )
+    _, quantized = check_model(job.model, cutoff=job.data.cutoff, device=known, zero3=zero3)
     if quantized is not None and quantized.is_frozen and job.method.type in ("full", "freeze"):
         raise RequestError(
             f"method.type: {job.method.type} trains the model's own weights, and weights quantized with "

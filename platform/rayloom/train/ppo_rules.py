@@ -14,6 +14,7 @@ from rayloom.rollout.config import RolloutConfig
 from rayloom.rollout.rewards.combine import reward_names
 from rayloom.rollout.rewards.config import AdapterReward, FormatReward, FunctionReward, LengthReward, RewardsConfig
 from rayloom.rollout.rewards.function import check_function
+from rayloom.rollout.vllm_engine import adapter_rank_limit
 from rayloom.stages.ppo_config import PpoConfig
 
 
@@ -82,6 +83,10 @@ def _engines(job: JobConfig) -> Iterator[str]:
     """What the engines could not serve."""
     method, model = job.method, job.model
     if isinstance(method, LoraConfig):
+        try:
+            adapter_rank_limit(method.rank)
+        except RequestError as error:
+            yield from error.messages
         if method.dora:
             yield "method.dora: the engines serve plain LoRA; leave it out"
         if method.init.startswith(("pissa", "olora", "loftq")):

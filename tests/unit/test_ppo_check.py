@@ -1,0 +1,64 @@
+"""Reward models, lengths and heads that do not fit the policy are refused before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+from tests.unit.test_ppo_rules import job
+from transformers import AutoModelForCausalLM
+
+from rayloom.config.job import JobConfig
+from rayloom.errors import RequestError
+from rayloom.models.value_head import save_value_head, value_head_for
+from rayloom.train.ppo_check import check_lengths_and_heads, check_reward_models
+
+
+@pytest.fixture
+def reward_folder(tiny_model: Path, tmp_path: Path) -> Path:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    (tmp_path / "reward").mkdir()
+    save_value_head(value_head_for(model), tmp_path / "reward")
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "reward")
+    return tmp_path / "reward"
+
+
+def with_reward(tiny_model: Path, kind: str, folder: Path) -> JobConfig:
+    return job(model={"path": str(tiny_model)}, rewards={"sources": [{"type": kind, "path": str(folder)}]})
+
+
+def test_a_reward_adapter_of_this_base(tiny_model: Path, reward_folder: Path) -> None:
+    check_reward_models(with_reward(tiny_model, "adapter", reward_folder))
+
+
+def test_a_reward_adapter_of_another_base(tiny_model: Path, reward_folder: Path) -> None:
+    file = reward_folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "base_model_name_or_path": "another/model"}))
+    with pytest.raises(RequestError, match=r"rewards.sources\[0\].path: .* was trained on another/model"):
+        check_reward_models(with_reward(tiny_model, "adapter", reward_folder))
+
+
+@pytest.mark.parametrize("kind", ["adapter", "model"])
+def test_a_folder_without_a_head(tiny_model: Path, tmp_path: Path, kind: str) -> None:
+    with pytest.raises(RequestError, match=r"rewards.sources\[0\].path: .* has no value_head.safetensors"):
+        check_reward_models(with_reward(tiny_model, kind, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"data": {"cutoff": 2000}, "rollout": {"max_tokens": 100}}, "pass the model's length of 2048"),
+        (
+            {"rollout": {"tensor_parallel": 3}},
+            "rollout.tensor_parallel: 3 does not divide the model's 2 heads; it may be 1, 2",
+        ),
+    ],
+)
+def test_lengths_and_heads(tiny_model: Path, parts: dict[str, Any], message: str) -> None:
+    check_lengths_and_heads(job(model={"path": str(tiny_model)}))
+    with pytest.raises(RequestError, match=message):
+        check_lengths_and_heads(job(model={"path": str(tiny_model)}, **parts))
