@@ -52,10 +52,14 @@ def train(job_file: str, overrides: tuple[str, ...], verbose: bool) -> None:
     rayloom train jobs/demo.yaml resume=true
     """
     from rayloom.config.read import read_job
-    from rayloom.train.driver import run_job
     from rayloom.train.ray_session import JOB_CONFIG
 
-    result = run_job(read_job(job_file, overrides), started=STARTED, verbose=verbose)
+    job = read_job(job_file, overrides)
+    if job.stage.type == "spin":
+        from rayloom.train.self_play import run_self_play as run
+    else:
+        from rayloom.train.driver import run_job as run
+    result = run(job, started=STARTED, verbose=verbose)
     if result["status"] == "stopped":
         kept = [override for override in overrides if not override.startswith(("overwrite=", "resume="))]
         again = f"to go on: rayloom train {' '.join([job_file, *kept])} resume=true"

@@ -54,7 +54,7 @@ def test_a_folder_without_a_head(tiny_model: Path, tmp_path: Path, kind: str) ->
         ({"data": {"cutoff": 2000}, "rollout": {"max_tokens": 100}}, "pass the model's length of 2048"),
         (
             {"rollout": {"tensor_parallel": 3}},
-            "rollout.tensor_parallel: 3 does not divide the model's 2 heads; it may be 1, 2",
+            "parallel: 3 does not divide the model's 2 heads; it may be 1, 2",
         ),
     ],
 )

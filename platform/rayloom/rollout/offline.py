@@ -149,9 +149,9 @@ def predict(prediction: Prediction, say: Callable[[str], None]) -> int:
     first = next(questions, None)
     if first is None:
         return done
-    fleet = start_fleet(prediction.rollout, _options(prediction), probe_prompt(first[0].token_ids[:32]))
+    fleet = start_fleet(prediction.rollout, engine_options(prediction), probe_prompt(first[0].token_ids[:32]))
     try:
-        fleet.sync(_weights(prediction.adapter))
+        fleet.sync(weights_of(prediction.adapter))
         asked: dict[int, tuple[Prompt, str]] = {}
 
         def prompts() -> Iterator[Prompt]:
@@ -255,7 +255,12 @@ def _rows_done(prediction: Prediction) -> int:
     return 0
 
 
-def _options(prediction: Prediction) -> EngineOptions:
+def engine_options(prediction: Prediction) -> EngineOptions:
+    """What the engines of a prediction are started with.
+
+    Raises:
+        RequestError: an adapter that they do not serve.
+    """
     config, model = prediction.rollout, prediction.model
     limit = raw_config(model).get("max_position_embeddings")
     length = prediction.cutoff + prediction.sampling.max_tokens
@@ -277,7 +282,7 @@ def _options(prediction: Prediction) -> EngineOptions:
     )
 
 
-def _weights(adapter: str | None) -> Weights:
+def weights_of(adapter: str | None) -> Weights:
     """What the engines are to serve: the model itself, or with the adapter of a folder."""
     if adapter is None:
         return Weights.of_base()

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rayloom.config.part import Number
+from rayloom.config.part import Number, Whole
 from rayloom.stages.ppo_config import PpoConfig
 from rayloom.stages.stage import Stage
 
@@ -165,6 +165,23 @@ class KtoConfig(Stage):
         return True
 
 
+class SpinConfig(Stage):
+    """Self-play: the model learns to prefer the data's answers to its own, round after round."""
+
+    rows = "conversations"
+    measures = DpoConfig.measures
+
+    type: Literal["spin"] = "spin"
+    """`spin`: self-play fine-tuning (Chen et al. 2024, https://arxiv.org/abs/2401.01335). A round is a job of stage
+    dpo, `sigmoid`: the data's answer is chosen, that of the last round's model rejected, and the reference is that
+    model."""
+    rounds: Whole = Field(default=3, ge=1, le=100)
+    """Rounds, each of `train.epochs` or `train.max_steps`; 1 to 100."""
+    beta: Number = Field(default=0.1, gt=0)
+    """How much a change from the last round's model weighs, above 0."""
+
+
 StageConfig = Annotated[
-    PretrainConfig | SftConfig | RewardConfig | DpoConfig | KtoConfig | PpoConfig, Field(discriminator="type")
+    PretrainConfig | SftConfig | RewardConfig | DpoConfig | KtoConfig | PpoConfig | SpinConfig,
+    Field(discriminator="type"),
 ]

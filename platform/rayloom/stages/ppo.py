@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from rayloom.data.encoding import Encoding
 from rayloom.data.example import Example
@@ -30,7 +30,9 @@ class PromptEncoder(AnswerEncoder):
         """
         renderer = Renderer(self.tokenizer.load(), self.template, enable_thinking=self.enable_thinking)
         refusals = [_refusal(example) for example in examples]
-        prompts = [_prompt(example) for example, refusal in zip(examples, refusals, strict=True) if refusal is None]
+        prompts = [
+            example.without_answer() for example, refusal in zip(examples, refusals, strict=True) if refusal is None
+        ]
         rendered = renderer.render_prompts([prompt for prompt, _ in prompts])
         encodings = iter(
             [
@@ -55,14 +57,6 @@ def _encoding(renderer: Renderer, prompt: Example, answer: str, ids: list[int] |
             messages_cut = len(prompt.messages) - len(kept.messages)
             return Encoding(ids, ids, cut=whole - len(ids), answer=answer, messages_cut=messages_cut)
     return Encoding([], [], cut=whole)
-
-
-def _prompt(example: Example) -> tuple[Example, str]:
-    """What is asked, and the data's answer to it: the last one, of a preference the chosen one."""
-    if example.chosen:
-        return Example(example.messages, example.tools), example.chosen[0].content
-    *messages, answer = example.messages
-    return replace(example, messages=tuple(messages), desirable=None), answer.content
 
 
 def _refusal(example: Example) -> str | None:
