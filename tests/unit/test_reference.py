@@ -6,6 +6,7 @@ import json
 import os
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -259,3 +260,11 @@ def test_a_batch_has_the_numbers_of_its_own_sequences(parts, tiny_model, tmp_pat
     known._keys = known._keys[:-1]
     with pytest.raises(JobError, match=r"the reference log-probabilities of 1 of \d rows are not there"):
         a_trainer._batch(table)
+
+
+def test_what_is_measured_is_read_and_then_set_back():
+    a_trainer: Any = object.__new__(PreferenceTrainer)
+    a_trainer.args, a_trainer.measured = SimpleNamespace(device=torch.device("cpu")), ("margin", "accuracy")
+    a_trainer._sums = torch.tensor([[3.0, 8.0], [2.0, 4.0]], dtype=torch.float64)
+    assert a_trainer._stage_metrics() == {"margin": 1.5, "accuracy": 2.0}
+    assert a_trainer._stage_metrics() == {"margin": 0.0, "accuracy": 0.0}
