@@ -82,7 +82,7 @@ def test_what_does_not_go_together(parts, message):
 
 
 def test_possible_workers():
-    config = TrainConfig(workers=6, min_workers=2, batch_size=2, global_batch_size=24)
+    config = TrainConfig(workers=6, min_workers=2, batch_size=2, global_batch_size=24, deepspeed="zero3")
     assert config.possible_workers == [6, 4, 3, 2]
     assert [config.with_workers(n).accumulation for n in config.possible_workers] == [2, 3, 4, 6]
     assert TrainConfig(workers=5).possible_workers == [5]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,10 +21,14 @@ from rayloom.data.reference import ReferenceTable, mark_whole, read_table, row_k
 from rayloom.data.rows import SCHEMA
 from rayloom.data.segment import EncodeSegment
 from rayloom.data.walk import Walk
-from rayloom.errors import JobError, RequestError
+from rayloom.errors import JobError
 from rayloom.models.fingerprint import folder_fingerprint
 from rayloom.stages.prepare import prepare_data, prepare_eval, segment_options
 from rayloom.stages.reference import ReferencePlace, reference_place
+from rayloom.train.batch import TrainedPositions
+from rayloom.train.kto_trainer import KtoTrainer
+from rayloom.train.pairs import log_probability_sums
+from rayloom.train.preference_trainer import PreferenceTrainer
 from rayloom.train.reference import ReferencePass, Scorer
 
 ROWS = 40
@@ -130,7 +137,7 @@ def test_a_store_gives_back_what_was_written(tmp_path):
         table.sums(np.array([keys[0], 1], dtype=np.uint64))
     assert not read_table(tmp_path / "none").has(keys).any()
     next((tmp_path / "store").glob("*.parquet")).write_bytes(b"no")
-    with pytest.raises(RequestError, match="delete it, and it is computed again"):
+    with pytest.raises(JobError, match="delete it, and it is computed again"):
         read_table(tmp_path / "store")
 
 
@@ -207,3 +214,57 @@ def test_a_folder_that_cannot_be_written_is_named(parts, tiny_model):
     (Path(parts["output_dir"]) / "reference").write_text("a file")
     with pytest.raises(JobError, match=r"reference log-probabilities cannot be written to .*out/reference"):
         run_pass(parts, Counted(tiny_model), 2)
+
+
+# --- what a batch gets ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("stage", "trainer"), [("dpo", PreferenceTrainer), ("kto", KtoTrainer)])
+def test_a_batch_has_the_numbers_of_its_own_sequences(parts, tiny_model, tmp_path, stage, trainer):
+    """Also where a row was left out, or has no second sequence; and where the batch is empty."""
+    parts = {**parts, "stage": {"type": stage, "reference": "cached"}}
+    if stage == "kto":
+        rows = [{"instruction": f"river {n}", "output": "lamp " * (n % 5 + 1), "good": n % 3 > 0} for n in range(ROWS)]
+        (tmp_path / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        columns = {"prompt": "instruction", "response": "output", "kto_tag": "good"}
+        parts["data"] = {**parts["data"], "train": [{"path": str(tmp_path / "judged.jsonl"), "columns": columns}]}
+    job = JobConfig.model_validate(parts)
+    plan, encoder = prepare_data(job)
+    encode = EncodeSegment(encoder, segment_options(job))
+    stream = pa.concat_tables([encode(plan, segment) for segment in islice(Walk(plan).segments(Position()), 2)])
+    alone = stream.slice(0, 1).to_pylist()[0]
+    if stage == "kto":
+        border = alone["position_ids"].index(0, 1)
+        alone |= {name: alone[name][:border] for name in ("input_ids", "labels", "position_ids")}
+    left_out = alone | {"input_ids": [], "labels": [], "position_ids": []}
+    table = pa.concat_tables([pa.Table.from_pylist([left_out, alone], SCHEMA), stream.slice(3, 5)])
+    kept = table.slice(1)
+
+    scorer = Counted(tiny_model).scorer
+    known = ReferenceTable()
+    known.add(row_keys(kept), scorer.sums(kept))
+    a_trainer: Any = object.__new__(trainer)  # what makes a batch needs no more of it
+    a_trainer._cached, a_trainer._pad_token = known, 0
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    positions = TrainedPositions(model)
+    batch = a_trainer._batch(table)
+    for part in [batch, batch["mismatched"]] if stage == "kto" else [batch]:
+        positions.choose(part["positions"])
+        with torch.no_grad():
+            expected = log_probability_sums(model, part)
+        found = a_trainer._reference_sums(part)
+        assert found.dtype == torch.float32
+        assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+    empty = a_trainer._batch(table.slice(0, 1))
+    assert a_trainer._reference_sums(empty).tolist() == [0.0]
+    known._keys = known._keys[:-1]
+    with pytest.raises(JobError, match=r"the reference log-probabilities of 1 of \d rows are not there"):
+        a_trainer._batch(table)
+
+
+def test_what_is_measured_is_read_and_then_set_back():
+    a_trainer: Any = object.__new__(PreferenceTrainer)
+    a_trainer.args, a_trainer.measured = SimpleNamespace(device=torch.device("cpu")), ("margin", "accuracy")
+    a_trainer._sums = torch.tensor([[3.0, 8.0], [2.0, 4.0]], dtype=torch.float64)
+    assert a_trainer._stage_metrics() == {"margin": 1.5, "accuracy": 2.0}
+    assert a_trainer._stage_metrics() == {"margin": 0.0, "accuracy": 0.0}

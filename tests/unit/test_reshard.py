@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayloom.errors import RequestError
+from rayloom.errors import JobError
 from rayloom.train.reshard import fitting_checkpoint, recut, recut_each, sub_groups
 
 TAG = "global_step7"
@@ -169,8 +169,8 @@ def test_what_fits_is_left_as_it_is(tmp_path):
 
 def test_what_cannot_be_cut_anew(tmp_path):
     write_stage2(tmp_path / "old", 2, absmax=torch.zeros(3))
-    with pytest.raises(RequestError, match=r"the optimizer's absmax has not one number .* resume with train.workers=2"):
+    with pytest.raises(JobError, match=r"the optimizer's absmax has not one number .* resume with train.workers=2"):
         fitting_checkpoint(tmp_path / "old", tmp_path / "own", 0, 1, {})
     own = {"zero_optimization": {"round_robin_gradients": True}}
-    with pytest.raises(RequestError, match="round_robin_gradients lays weights out by the number of workers"):
+    with pytest.raises(JobError, match="round_robin_gradients lays weights out by the number of workers"):
         fitting_checkpoint(tmp_path / "old", tmp_path / "own", 0, 1, own)

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rayloom.errors import RequestError
+from rayloom.errors import JobError
 
 LAYOUT = 1
 """Raised when what stands in a store, or how it is computed, changes."""
@@ -76,14 +76,14 @@ def read_table(folder: Path) -> ReferenceTable:
     """All rows of a store; none where there is no store.
 
     Raises:
-        RequestError: the store is damaged.
+        JobError: the store is damaged.
     """
     table = ReferenceTable()
     parts = sorted(folder.glob("*.parquet"))
     try:
         found = [pq.read_table(part) for part in parts]
     except (OSError, pa.ArrowException) as error:
-        raise RequestError(
+        raise JobError(
             f"stage.reference: {folder} cannot be read: {error}; delete it, and it is computed again"
         ) from None
     if found:

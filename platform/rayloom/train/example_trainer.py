@@ -112,8 +112,9 @@ class ExampleTrainer(StreamTrainer):
         sums = self._sums.to(self.args.device)
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
-        self._sums.zero_()
-        return dict(zip(self.measured, _means(sums).tolist(), strict=True))
+        means = _means(sums)
+        self._sums.zero_()  # on CPU these are `sums`
+        return dict(zip(self.measured, means.tolist(), strict=True))
 
     def _eval_metrics(self, tables: list[pa.Table]) -> dict[str, float]:
         """`eval_loss` and, behind `eval_`, what is measured: means over the examples, and of each set where there are

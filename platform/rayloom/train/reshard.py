@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from rayloom.errors import RequestError
+from rayloom.errors import JobError
 
 _ALIGNMENT = 2
 """ZeRO 1 and 2 make a piece's length a multiple of this."""
@@ -35,7 +35,7 @@ def fitting_checkpoint(folder: Path, target: Path, rank: int, workers: int, conf
         config: what the engine has been given.
 
     Raises:
-        RequestError: an optimizer's state that cannot be cut anew.
+        JobError: an optimizer's state that cannot be cut anew.
     """
     (tag,) = (path for path in folder.glob("global_step*") if path.is_dir())
     before = len(list(tag.glob(f"*_{_OPTIMIZER}")))
@@ -190,7 +190,7 @@ def _which_are_cut(states: list[dict[str, Any]], lengths: Sequence[int]) -> Iter
         lengths: of each old rank's piece.
 
     Raises:
-        RequestError: neither.
+        JobError: neither.
     """
     for key, value in states[0].items():
         is_cut = torch.is_tensor(value) and value.dim() > 0
@@ -199,8 +199,8 @@ def _which_are_cut(states: list[dict[str, Any]], lengths: Sequence[int]) -> Iter
         yield key, is_cut
 
 
-def _refusal(before: int, why: str) -> RequestError:
-    return RequestError(
+def _refusal(before: int, why: str) -> JobError:
+    return JobError(
         f"resume: the checkpoint is DeepSpeed's state of {before} workers and cannot be made over for others: {why}; "
         f"resume with train.workers={before}"
     )
