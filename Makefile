@@ -3,7 +3,7 @@
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-models test-ray test-engine test-slow test-tokenizers bench bench-data bench-memory bench-preference matrix techniques lint format clean
+.PHONY: help setup demo test test-unit test-models test-ray test-engine test-slow test-tokenizers bench bench-data bench-memory bench-ppo bench-preference matrix techniques lint format clean
 # Checks go from quick to slow, and two test runs at once would starve each other.
 .NOTPARALLEL:
 
@@ -47,6 +47,9 @@ bench: setup ## measure training speed on this machine
 
 bench-memory: setup ## measure the memory of each memory-saving technique (needs bitsandbytes for two rows)
 	$(RUN) .venv/bin/python tests/bench/bench_memory.py
+
+bench-ppo: setup ## measure engines against generation in the trainer (four minutes)
+	$(RUN) .venv/bin/python tests/bench/bench_ppo.py
 
 bench-preference: setup ## measure preference training against TRL's DPOTrainer (eight minutes)
 	$(RUN) .venv/bin/python tests/bench/bench_preference.py

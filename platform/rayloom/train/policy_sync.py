@@ -57,7 +57,7 @@ class PolicySync:
                 tensors=ray.put(tensors),
                 count=len(tensors),
                 digest=digest_of(tensors),
-                adapter_config=_plain(model.peft_config[POLICY].to_dict()) if is_adapter else None,
+                adapter_config=plain_config(model.peft_config[POLICY].to_dict()) if is_adapter else None,
             )
             probes = self._client.sync(weights)
         for engine, token_ids, said in from_first_rank([(p.engine, p.token_ids, p.log_probs) for p in probes]):
@@ -73,7 +73,7 @@ class PolicySync:
         self._served, self.seconds = version, time.monotonic() - started
 
 
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
+def plain_config(config: dict[str, Any]) -> dict[str, Any]:
     """PEFT's configuration as its file has it: sets as lists, names as texts."""
     plain: dict[str, Any] = json.loads(
         json.dumps(config, default=lambda one: sorted(one) if isinstance(one, set) else str(one))

