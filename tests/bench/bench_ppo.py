@@ -1,8 +1,9 @@
 """What engines give a PPO step: SmolLM2-135M-Instruct, 64 prompts, answers of mixed lengths up to 128 tokens.
 
-One process plays the trainer and holds the model; one vLLM engine answers the same prompts as `model.generate` does. The
-two take turns, so the machine's drift meets both. A step is: answers, log-probabilities of policy and reference, one
-epoch of learning; with the engine also the sync of the weights with its checks. Nothing else should run on the machine.
+One process plays the trainer and holds the model; one vLLM engine answers the same prompts as `model.generate` does.
+The two take turns, so the machine's drift meets both. A step is: answers, log-probabilities of policy and reference,
+one epoch of learning; with the engine also the sync of the weights with its checks. Nothing else should run on the
+machine.
 """
 
 from __future__ import annotations

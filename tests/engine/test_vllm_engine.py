@@ -22,8 +22,9 @@ from tests.engine.reference import (
 )
 
 from rayloom.errors import JobError, RequestError
+from rayloom.rollout.adapter_folders import adapter_rank_limit
 from rayloom.rollout.request import EngineOptions, Sampling, Weights, difference
-from rayloom.rollout.vllm_engine import VllmEngine, adapter_rank_limit
+from rayloom.rollout.vllm_engine import VllmEngine
 
 GREEDY = Sampling(max_tokens=12, temperature=0)
 DRAWN = Sampling(max_tokens=16, temperature=0.7)

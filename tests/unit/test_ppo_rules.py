@@ -80,7 +80,7 @@ def test_steps_of_a_round() -> None:
             "rewards.sources: two are called 'unfinished'",
         ),
         ({"stage": {"type": "sft", "prompts": None}}, "rewards: they are for stage ppo, and this is sft"),
-        ({"stage": {"type": "sft"}, "rewards": None, "rollout": {"engines": 2}}, "rollout: engines are for stage ppo"),
+        ({"stage": {"type": "sft"}, "rewards": None, "rollout": {"engines": 2}}, "rollout: engines are for the stages"),
     ],
 )
 def test_what_is_refused(parts: dict[str, Any], message: str) -> None:

@@ -11,17 +11,20 @@ from rayloom.config.read import read_job
 from rayloom.methods.config import FullConfig, LoraConfig
 from rayloom.methods.rules import check_combination
 from rayloom.stages.rules import check_stage
+from rayloom.train.ppo_rules import check_ppo
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
 RECIPES = sorted(JOBS.rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_is_a_job(recipe):
+def test_a_recipe_is_a_job(recipe, monkeypatch):
+    monkeypatch.chdir(JOBS.parent)  # a reward's file is named from there
     job = read_job(recipe)
     assert job.name == recipe.stem
     check_combination(job)
     check_stage(job)
+    check_ppo(job)
     assert JobConfig.model_validate(job.model_dump(mode="json")) == job, "as it reaches the workers"
     assert recipe.read_text().startswith("# "), "a recipe begins with what it shows"
     assert all((JOBS.parent / item.path).exists() for item in job.data.train)

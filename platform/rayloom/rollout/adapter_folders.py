@@ -9,8 +9,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rayloom.errors import RequestError
+
 _MEMORY = Path("/dev/shm")
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def adapter_rank_limit(rank: int) -> int:
+    """The least limit of ranks that vLLM offers for adapters of this rank.
+
+    Raises:
+        RequestError: there is none.
+    """
+    for limit in _RANKS:
+        if rank <= limit:
+            return limit
+    raise RequestError(f"method.rank: {rank}: the engines serve adapters up to rank {_RANKS[-1]}")
 
 
 class AdapterFolders:

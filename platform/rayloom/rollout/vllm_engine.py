@@ -9,13 +9,13 @@ from typing import Any
 
 from rayloom.errors import JobError, RequestError, first_line
 from rayloom.models.source import model_folder
-from rayloom.rollout.adapter_folders import AdapterFolders, stored_tensors
+from rayloom.rollout.adapter_folders import AdapterFolders, adapter_rank_limit, stored_tensors
 from rayloom.rollout.digest import Digest, digest_of
+from rayloom.rollout.one_adapter import use_one_adapter
 from rayloom.rollout.request import BLOCK, PROBE_TOKENS, EngineOptions, Probe, Prompt, Rollout, Sampling, Weights
 
 VERSION = "0.32"
 """The vLLM that this file was written for: its calls for weights change between minor versions."""
-_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _TYPES: dict[str, Any] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _VARIABLES = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -52,18 +52,6 @@ def check_vllm() -> None:
         raise RequestError(f"rollout: vLLM {vllm.__version__} is installed; the engines need {VERSION}")
 
 
-def adapter_rank_limit(rank: int) -> int:
-    """The least limit of ranks that vLLM offers for adapters of this rank.
-
-    Raises:
-        RequestError: there is none.
-    """
-    for limit in _RANKS:
-        if rank <= limit:
-            return limit
-    raise RequestError(f"method.rank: {rank}: the engines serve adapters up to rank {_RANKS[-1]}")
-
-
 class VllmEngine:
     """One engine, in this process. Not for several threads."""
 
@@ -84,6 +72,7 @@ class VllmEngine:
             rank = adapter_rank_limit(options.adapter_rank)
             arguments |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1}
         if options.device == "cpu":
+            use_one_adapter()
             arguments |= {"kv_cache_memory_bytes": int(options.kv_cache_gib * 2**30), "block_size": BLOCK}
         else:
             arguments |= {"gpu_memory_utilization": options.gpu_memory, "tensor_parallel_size": options.tensor_parallel}

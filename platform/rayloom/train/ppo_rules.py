@@ -10,11 +10,11 @@ from rayloom.config.job import JobConfig
 from rayloom.errors import RequestError
 from rayloom.methods.config import FullConfig, LoraConfig
 from rayloom.methods.optimizers.config import LibraryConfig
+from rayloom.rollout.adapter_folders import adapter_rank_limit
 from rayloom.rollout.config import RolloutConfig
 from rayloom.rollout.rewards.combine import reward_names
 from rayloom.rollout.rewards.config import AdapterReward, FormatReward, FunctionReward, LengthReward, RewardsConfig
 from rayloom.rollout.rewards.function import check_function
-from rayloom.rollout.vllm_engine import adapter_rank_limit
 from rayloom.stages.ppo_config import PpoConfig
 
 
@@ -51,11 +51,11 @@ def stream_rows(job: JobConfig, steps: int) -> int:
 
 
 def _left_over(job: JobConfig) -> Iterator[str]:
-    """Parts that only stage ppo reads."""
+    """Parts that the stage does not read."""
     if job.rewards is not None:
         yield f"rewards: they are for stage ppo, and this is {job.stage.type}; leave them out"
-    if job.rollout != RolloutConfig():
-        yield f"rollout: engines are for stage ppo, and this is {job.stage.type}; leave it out"
+    if job.rollout != RolloutConfig() and job.stage.type != "spin":
+        yield f"rollout: engines are for the stages ppo and spin, and this is {job.stage.type}; leave it out"
 
 
 def _rounds(job: JobConfig, stage: PpoConfig) -> Iterator[str]:
