@@ -26,6 +26,7 @@ LEVELS = (
     ("rollout",),
     ("train",),
     ("jobs", "search", "board", "serve", "evaluate", "export"),
+    ("k8s",),
     ("doctor",),  # asks every other room whether it could work
     ("cli",),
     ("__main__",),

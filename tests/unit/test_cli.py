@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +28,8 @@ def run(monkeypatch, capsys):
             return outcome
 
         monkeypatch.setattr(rayloom.train.driver, "run_job", run_job)
-        monkeypatch.setattr(rayloom.config.read, "read_job", lambda path, overrides: None)
+        job = SimpleNamespace(stage=SimpleNamespace(type="sft"))
+        monkeypatch.setattr(rayloom.config.read, "read_job", lambda path, overrides: job)
         monkeypatch.setattr(sys, "argv", ["rayloom", *(arguments or ("train", "job.yaml"))])
         status: Any = 0
         try:

@@ -7,9 +7,9 @@ another job's, is left as it is, and `rayloom train` refuses.
 
 from __future__ import annotations
 
+import os
 import sys
 
-from rayloom.cli import main
 from rayloom.config.job import JobConfig
 from rayloom.config.read import dump_job, read_job
 from rayloom.errors import RequestError
@@ -40,5 +40,5 @@ if __name__ == "__main__":
         override = None  # `rayloom train` says it
     if override:
         print(f"this job has begun before: {override}", flush=True)
-    sys.argv = ["rayloom", "train", job_file, *([override] if override else [])]
-    main()
+    # In this process's place, so that signals reach it.
+    os.execv(sys.executable, [sys.executable, "-m", "rayloom", "train", job_file, *([override] if override else [])])
