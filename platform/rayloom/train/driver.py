@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from rayloom.collector import collector_off
 from rayloom.config.job import JobConfig
 from rayloom.data.plan import Plan, Position
 from rayloom.data.rows import COUNTERS
@@ -64,9 +65,10 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
     if job.train.device == "cpu":
         choose_precision(job.train.precision, "cpu", bf16=computes_bf16("cpu"))
 
-    _check_model(job, job.train.device)
-    _check_method(job)
-    encoder = make_encoder(job)
+    with collector_off():  # these import torch and transformers
+        _check_model(job, job.train.device)
+        _check_method(job)
+        encoder = make_encoder(job)
     options = with_stores(job, plan, encoder, segment_options(job))
     first = _first_segment(job, plan, encoder, options)
     phases["checks"] = time.time()
