@@ -3,7 +3,7 @@
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-models test-ray test-slow test-tokenizers bench bench-data bench-memory bench-preference matrix techniques lint format clean
+.PHONY: help setup demo test test-unit test-models test-ray test-slow test-tokenizers bench bench-data bench-memory bench-preference bench-train matrix techniques lint format clean
 # Checks go from quick to slow, and two test runs at once would starve each other.
 .NOTPARALLEL:
 
@@ -47,6 +47,9 @@ bench-memory: setup ## measure the memory of each memory-saving technique (needs
 
 bench-preference: setup ## measure preference training against TRL's DPOTrainer (eight minutes)
 	$(RUN) .venv/bin/python tests/bench/bench_preference.py
+
+bench-train: setup ## measure supervised fine-tuning against LlamaFactory, which it installs in the user's cache (15 minutes)
+	$(RUN) .venv/bin/python tests/bench/bench_llamafactory.py
 
 bench-data: setup ## measure the data stream on this machine (makes a 3 GB file in the temporary folder)
 	$(RUN) .venv/bin/python tests/bench/bench_data.py
