@@ -17,7 +17,9 @@ import sys
 import tempfile
 import threading
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -233,6 +235,11 @@ def llamafactory_python() -> Path:
 def train_with_llamafactory(settings: dict[str, Any]) -> Figures:
     """Runs in LlamaFactory's environment: its own training, with a clock and a counter of tokens around each step."""
     import torch
+    import transformers  # noqa: F401  # before the stand-in, which it must not take for the package
+
+    # LlamaFactory imports torchaudio, of which no build fits the CPU torch, to read sound files.
+    sys.modules["torchaudio"] = ModuleType("torchaudio")
+    sys.modules["torchaudio"].__spec__ = ModuleSpec("torchaudio", None)
     from llamafactory.train.tuner import run_exp
     from transformers import Trainer, TrainerCallback
 
