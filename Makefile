@@ -3,7 +3,7 @@
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-models test-ray test-engine test-slow test-tokenizers bench bench-data bench-memory bench-ppo bench-preference matrix techniques lint format clean
+.PHONY: help setup demo test test-unit test-models test-ray test-engine test-slow test-tokenizers bench bench-data bench-memory bench-ppo bench-preference bench-train matrix techniques lint format clean
 # Checks go from quick to slow, and two test runs at once would starve each other.
 .NOTPARALLEL:
 
@@ -53,6 +53,9 @@ bench-ppo: setup ## measure engines against generation in the trainer (four minu
 
 bench-preference: setup ## measure preference training against TRL's DPOTrainer (eight minutes)
 	$(RUN) .venv/bin/python tests/bench/bench_preference.py
+
+bench-train: setup ## measure supervised fine-tuning against LlamaFactory, which it installs in the user's cache (15 minutes)
+	$(RUN) .venv/bin/python tests/bench/bench_llamafactory.py
 
 bench-data: setup ## measure the data stream on this machine (makes a 3 GB file in the temporary folder)
 	$(RUN) .venv/bin/python tests/bench/bench_data.py

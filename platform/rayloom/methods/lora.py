@@ -10,6 +10,7 @@ import peft
 import torch
 
 from rayloom.methods.config import LoraConfig
+from rayloom.methods.lora_product import use_lean_products
 from rayloom.methods.targets import peft_targets
 from rayloom.methods.wrap import extra_modules, wrap
 from rayloom.models.vocabulary import vocabulary_modules
@@ -23,6 +24,12 @@ def attach(model: Any, method: LoraConfig, new_tokens: Sequence[int], empty: boo
     Raises:
         RequestError: a target that PEFT cannot adapt.
     """
+    model = _attach(model, method, new_tokens, empty)
+    use_lean_products(model)
+    return model
+
+
+def _attach(model: Any, method: LoraConfig, new_tokens: Sequence[int], empty: bool) -> Any:
     if not empty:
         for folder in method.merged:
             model = peft.PeftModel.from_pretrained(model, folder, torch_device=str(model.device)).merge_and_unload()

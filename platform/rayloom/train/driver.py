@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from rayloom.collector import collector_off
 from rayloom.config.job import JobConfig
 from rayloom.data.plan import Plan, Position
 from rayloom.data.rows import COUNTERS
@@ -70,14 +71,15 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
     if job.train.device == "cpu":
         choose_precision(job.train.precision, "cpu", bf16=computes_bf16("cpu"))
 
-    _check_model(job, job.train.device)
-    _check_method(job)
-    if job.stage.type == "ppo":
-        from rayloom.train.ppo_check import check_lengths_and_heads, check_reward_models  # these load torch
+    with collector_off():  # these import torch and transformers
+        _check_model(job, job.train.device)
+        _check_method(job)
+        if job.stage.type == "ppo":
+            from rayloom.train.ppo_check import check_lengths_and_heads, check_reward_models  # these load torch
 
-        check_lengths_and_heads(job)
-        check_reward_models(job)
-    encoder = make_encoder(job)
+            check_lengths_and_heads(job)
+            check_reward_models(job)
+        encoder = make_encoder(job)
     options = with_stores(job, plan, encoder, segment_options(job))
     first = _first_segment(job, plan, encoder, options)
     phases["checks"] = time.time()

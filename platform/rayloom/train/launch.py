@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from rayloom.collector import collector_off
 from rayloom.config.job import JobConfig
 from rayloom.data.plan import Plan, Position
 from rayloom.data.segment import Encoder, EncodeSegment, SegmentOptions
@@ -84,10 +85,11 @@ def ray_trainer(work: Work, monitor: Any) -> Any:
     """The Ray Train trainer of one execution, which begins where the last checkpoint ends."""
     job, run, resources = work.job, work.run, work.resources
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from rayloom.train.data_parallel import ProcessGroupConfig, StreamDataParallelTrainer
 
     worker: Any = _train_worker
-    return TorchTrainer(
+    return StreamDataParallelTrainer(
         worker,
         train_loop_config={
             "job": job.model_dump(mode="json"),
@@ -104,8 +106,8 @@ def ray_trainer(work: Work, monitor: Any) -> Any:
             "checkpoints": str(run.checkpoints),
             "folder": str(Path.cwd()),
         },
-        torch_config=TorchConfig(
-            backend="gloo" if resources.device == "cpu" else "nccl", timeout_s=math.ceil(job.train.collective_timeout)
+        backend_config=ProcessGroupConfig(
+            "gloo" if resources.device == "cpu" else "nccl", math.ceil(job.train.collective_timeout)
         ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=job.train.workers,
@@ -169,7 +171,8 @@ def _dealers(work: Work) -> dict[str, Any]:
 def _train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
     """What Ray Train runs. Its controller and this driver must load it too, so the libraries that it needs are imported
     in the worker only: some seconds of each."""
-    from rayloom.train.worker import train_worker
+    with collector_off():
+        from rayloom.train.worker import train_worker
 
     return train_worker(config)
 

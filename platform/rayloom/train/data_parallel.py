@@ -1,0 +1,117 @@
+"""Ray Train's trainer of parallel workers with a torch process group, and no more than that.
+
+Not `ray.train.torch.TorchTrainer`: whoever unpickles its `TorchConfig` loads torch, the controller and the driver among
+them. On a small machine each of these seconds stands between a job and its first batch (tests/bench/NOTES.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import ray
+from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from rayloom.collector import collector_off
+
+_SHUTDOWN_SECONDS = 30.0
+
+
+class StreamDataParallelTrainer(DataParallelTrainer):
+    """The workers' data comes from dealers (`rayloom.data.deal`), so Ray Train starts no actor that deals data sets."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
+
+
+@dataclass
+class ProcessGroupConfig(BackendConfig):
+    """What Ray Train hands on to `_ProcessGroup`."""
+
+    collectives: str
+    """torch's name: `gloo` or `nccl`."""
+    timeout_seconds: int
+    """The longest that a collective call waits for the other workers."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _ProcessGroup
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class _ProcessGroup(Backend):
+    """Runs in the controller, which only asks the workers to do it."""
+
+    share_cuda_visible_devices = True  # NCCL's peers on a node must see each other's GPUs
+
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        assert isinstance(backend_config, ProcessGroupConfig)
+        address, port = worker_group.execute_single(0, _free_address)
+        worker_group.execute(
+            _join, address, port, backend_config.collectives, timeout_seconds=backend_config.timeout_seconds
+        )
+
+    def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        if len(worker_group) > 1:
+            with contextlib.suppress(ray.exceptions.GetTimeoutError):  # the processes end in any case
+                ray.get(worker_group.execute_async(_leave), timeout=_SHUTDOWN_SECONDS)
+
+
+# --- in the workers ---------------------------------------------------------------------------------------------------
+
+
+def _free_address() -> tuple[str, int]:
+    """Where the workers will find rank 0."""
+    address = ray.util.get_node_ip_address()
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family) as free:
+        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        free.bind(("", 0))
+        return address, int(free.getsockname()[1])
+
+
+def _join(address: str, port: int, collectives: str, *, timeout_seconds: int) -> None:
+    """Say to torch, Accelerate and DeepSpeed who this worker is, and wait for the others."""
+    from datetime import timedelta
+
+    with collector_off():
+        import ray.train
+        import torch
+        from ray.train.torch import get_device
+
+    context = ray.train.get_context()
+    device = get_device()
+    os.environ |= {
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "RANK": str(context.get_world_rank()),
+        "WORLD_SIZE": str(context.get_world_size()),
+        "LOCAL_RANK": str(context.get_local_rank()),
+        "LOCAL_WORLD_SIZE": str(context.get_local_world_size()),
+        "NODE_RANK": str(context.get_node_rank()),
+        "ACCELERATE_TORCH_DEVICE": str(device),
+    }
+    if collectives == "nccl":
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # else a hung peer is waited for without end
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group(
+        collectives,
+        init_method="env://",
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+
+
+def _leave() -> None:
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
