@@ -136,7 +136,7 @@ def test_job_files(refused, job_file, message):
 def test_every_fault_has_its_own_line(refused):
     assert refused("train", "HERE/faults.yaml") == [
         "HERE/faults.yaml:10: unknown key 'method.rank'; known here: type",
-        "HERE/faults.yaml:9: stage.type: unknown 'rlhf'; known here: pretrain, sft, reward, dpo, kto, ppo",
+        "HERE/faults.yaml:9: stage.type: unknown 'rlhf'; known here: pretrain, sft, reward, dpo, kto, ppo, spin",
     ]
 
 
@@ -156,7 +156,7 @@ def test_every_fault_has_its_own_line(refused):
             "apo_zero, apo_down, sppo_hard, nca_pair, exo_pair, aot, discopop, cpo, simpo, orpo; "
             "else it must be a mapping",
         ),
-        ("stage.type=rlhf", "OVERRIDE: stage.type: unknown 'rlhf'; known here: pretrain, sft, reward, dpo, kto, ppo"),
+        ("stage.type=rlhf", "OVERRIDE: stage.type: unknown 'rlhf'; known here: pretrain, sft, reward, dpo, kto, ppo, spin"),
         ("method.type=dora", "OVERRIDE: method.type: unknown 'dora'; did you mean 'lora'?"),
         (
             "data.train[0].format=csv",

@@ -170,7 +170,7 @@ TOP = "name, output_dir, resume, overwrite, model, method, data, stage, rewards,
         ("method: {dropout: -0.5}", "method.dropout: must be at least 0, not -0.5"),
         ("method: {alpha: 0}", "method.alpha: must be above 0, not 0"),
         ("method: {rank: 5000}", "method.rank: must be at most 4096, not 5000"),
-        ("stage: {type: rlhf}", "stage.type: unknown 'rlhf'; known here: pretrain, sft, reward, dpo, kto, ppo"),
+        ("stage: {type: rlhf}", "stage.type: unknown 'rlhf'; known here: pretrain, sft, reward, dpo, kto, ppo, spin"),
         ("stage: sft", "stage: must be a mapping of keys, not 'sft'"),
         (
             "train: {scheduler: cosin}",
