@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.ray.small_jobs import job, metrics, run
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayloom.config.job import JobConfig
 
@@ -29,6 +30,18 @@ STEPS_A_ROUND = 4
 
 
 @pytest.fixture(scope="module")
+def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with larger embeddings: else whatever its hidden states are, all tokens are about as likely."""
+    made = tmp_path_factory.mktemp("model")
+    loaded = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        loaded.get_input_embeddings().weight.mul_(8)
+    loaded.save_pretrained(made)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(made)
+    return made
+
+
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("prompts")
     rows = [{"instruction": f"word {n}?", "output": str(n)} for n in range(200)]
@@ -40,7 +53,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ppo_job(model: Path, folder: Path, output: Path, name: str, **parts: Any) -> JobConfig:
     """Rounds of 32 prompts, each learnt from in four steps."""
     stage = {"type": "ppo", "prompts": 32, "epochs": 2, "value_learning_rate": 1e-2, **parts.pop("stage", {})}
-    train = {"batch_size": 16, "max_steps": 4 * STEPS_A_ROUND, "scheduler": "constant", "save_steps": 1000}
+    train = {
+        "batch_size": 16,
+        "max_steps": 4 * STEPS_A_ROUND,
+        "scheduler": "constant",
+        "save_steps": 1000,
+        "learning_rate": 5e-3,
+    }
     rollout = {"max_tokens": 12, "kv_cache_gib": 0.25, **parts.pop("rollout", {})}
     return job(
         model,
@@ -59,19 +78,19 @@ def policy(config: JobConfig) -> dict[str, torch.Tensor]:
     return load_file(config.run_dir / "model" / "adapter_model.safetensors")
 
 
-def test_the_reward_rises_and_the_numbers_fit_each_other(tiny_model: Path, folder: Path, tmp_path: Path) -> None:
+def test_the_reward_rises_and_the_numbers_fit_each_other(model: Path, folder: Path, tmp_path: Path) -> None:
     config = ppo_job(
-        tiny_model,
+        model,
         folder,
         tmp_path,
         "learns",
         data={"held_out": 0.1},
-        train={"max_steps": 12 * STEPS_A_ROUND, "eval_steps": 6 * STEPS_A_ROUND, "logging_steps": STEPS_A_ROUND},
+        train={"max_steps": 8 * STEPS_A_ROUND, "eval_steps": 4 * STEPS_A_ROUND, "logging_steps": STEPS_A_ROUND},
     )
     result, rows = run(config)
     rounds = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if "eval_reward" in row]
-    assert [row["policy_version"] for row in rounds] == list(range(1, 13))
+    assert [row["policy_version"] for row in rounds] == list(range(1, 9))
     assert all(row["staleness"] == 0 for row in rounds)
     # Engine and trainer compute the same, in fp32 to three digits at least, whatever the weights are by now.
     assert max(row["mismatch"] for row in rounds) < 1e-3
@@ -79,10 +98,10 @@ def test_the_reward_rises_and_the_numbers_fit_each_other(tiny_model: Path, folde
     first, last = rounds[0], rounds[-1]
     assert first["kl"] == pytest.approx(0, abs=1e-6)  # before any step the policy is its reference
     assert last["kl"] > 0.1
-    assert last["reward"] > first["reward"] + 0.15
-    assert evaluations[-1]["eval_reward"] > first["reward"] + 0.15  # of prompts that were never learnt from
-    assert result["examples"] == {"rows": 12 * 32}
-    assert result["engines"]["version"] == 12
+    assert last["reward"] > first["reward"] + 0.3
+    assert evaluations[-1]["eval_reward"] > first["reward"] + 0.3  # of prompts that were never learnt from
+    assert result["examples"] == {"rows": 8 * 32}
+    assert result["engines"]["version"] == 8
     assert result["engine_breaks"] == []
     assert (config.run_dir / "model" / "value_head.safetensors").exists()
     assert all(name.startswith("base_model.") for name in policy(config))
@@ -90,17 +109,17 @@ def test_the_reward_rises_and_the_numbers_fit_each_other(tiny_model: Path, folde
 
 @pytest.mark.slow
 @pytest.mark.parametrize("staleness", [0, 1])
-def test_a_resumed_job_goes_on_where_it_stopped(tiny_model: Path, folder: Path, tmp_path: Path, staleness: int) -> None:
+def test_a_resumed_job_goes_on_where_it_stopped(model: Path, folder: Path, tmp_path: Path, staleness: int) -> None:
     parts: dict[str, Any] = {
         "rollout": {"max_staleness": staleness},
         "data": {"manifest": True},
         "stage": {"kl": {"coefficient": 0.1, "target": 0.5, "horizon": 100}},
     }
-    whole = ppo_job(tiny_model, folder, tmp_path, "whole", **json.loads(json.dumps(parts)))
+    whole = ppo_job(model, folder, tmp_path, "whole", **json.loads(json.dumps(parts)))
     _, rows = run(whole)
     short = {"train": {"max_steps": 2 * STEPS_A_ROUND}}
-    run(ppo_job(tiny_model, folder, tmp_path, "parts", **json.loads(json.dumps(parts)), **short))
-    resumed = ppo_job(tiny_model, folder, tmp_path, "parts", **json.loads(json.dumps(parts)), resume=True)
+    run(ppo_job(model, folder, tmp_path, "parts", **json.loads(json.dumps(parts)), **short))
+    resumed = ppo_job(model, folder, tmp_path, "parts", **json.loads(json.dumps(parts)), resume=True)
     run(resumed)
     # No prompt is lost and none is learnt from twice: every round has the prompts that it would have had.
     manifests = [(c.run_dir / "manifest.jsonl").read_text().splitlines() for c in (whole, resumed)]
@@ -118,11 +137,11 @@ def test_a_resumed_job_goes_on_where_it_stopped(tiny_model: Path, folder: Path, 
 
 
 @pytest.mark.slow
-def test_an_engine_that_is_killed_is_started_again(tiny_model: Path, folder: Path, tmp_path: Path) -> None:
+def test_an_engine_that_is_killed_is_started_again(model: Path, folder: Path, tmp_path: Path) -> None:
     """In the middle of the job; what is learnt is what would have been learnt without."""
-    calm = ppo_job(tiny_model, folder, tmp_path, "calm")
+    calm = ppo_job(model, folder, tmp_path, "calm")
     run(calm)
-    config = ppo_job(tiny_model, folder, tmp_path, "killed")
+    config = ppo_job(model, folder, tmp_path, "killed")
     killed: list[int] = []
 
     def kill() -> None:
@@ -157,18 +176,18 @@ def test_an_engine_that_is_killed_is_started_again(tiny_model: Path, folder: Pat
         ("grpo", {}),
         ("dr_grpo", {"train": {"deepspeed": "zero2", "workers": 2, "batch_size": 8}}),
         ("rloo", {"train": {"deepspeed": "zero3", "workers": 2, "batch_size": 8}}),
-        ("reinforce++", {"method": {"type": "full"}, "stage": {"reference": "copy"}, "train": {"learning_rate": 1e-3}}),
+        ("reinforce++", {"method": {"type": "full"}, "stage": {"reference": "copy"}, "train": {"learning_rate": 2e-3}}),
         ("gae", {"train": {"workers": 2, "batch_size": 8}}),
     ],
 )
 def test_other_advantages_learn_too(
-    tiny_model: Path, folder: Path, tmp_path: Path, advantage: str, parts: dict[str, Any]
+    model: Path, folder: Path, tmp_path: Path, advantage: str, parts: dict[str, Any]
 ) -> None:
     stage = {"advantage": advantage, "prompts": 16, "samples": 4, **parts.get("stage", {})}
     if advantage != "gae":
         stage["value_learning_rate"] = None
     train = {"max_steps": 80, "logging_steps": 8, **parts.get("train", {})}
-    config = ppo_job(tiny_model, folder, tmp_path, advantage.strip("+"), **{**parts, "stage": stage, "train": train})
+    config = ppo_job(model, folder, tmp_path, advantage.strip("+"), **{**parts, "stage": stage, "train": train})
     _, rows = run(config)
     assert max(row["mismatch"] for row in rows) < 1e-3
-    assert rows[-1]["reward"] > rows[0]["reward"] + 0.1
+    assert rows[-1]["reward"] > rows[0]["reward"] + 0.3

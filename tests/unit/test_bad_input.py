@@ -156,7 +156,10 @@ def test_every_fault_has_its_own_line(refused):
             "apo_zero, apo_down, sppo_hard, nca_pair, exo_pair, aot, discopop, cpo, simpo, orpo; "
             "else it must be a mapping",
         ),
-        ("stage.type=rlhf", "OVERRIDE: stage.type: unknown 'rlhf'; known here: pretrain, sft, reward, dpo, kto, ppo, spin"),
+        (
+            "stage.type=rlhf",
+            "OVERRIDE: stage.type: unknown 'rlhf'; known here: pretrain, sft, reward, dpo, kto, ppo, spin",
+        ),
         ("method.type=dora", "OVERRIDE: method.type: unknown 'dora'; did you mean 'lora'?"),
         (
             "data.train[0].format=csv",

@@ -1,0 +1,135 @@
+"""Grafana's dashboards as code: `python dashboards/make_dashboards.py` writes `grafana/*.json`.
+
+Only what is measured is shown: `ray_rayloom_*` is a row of a job's `metrics.jsonl`, the rest is Ray's own. All of a
+dashboard is told by its panels; the JSON around them is the same for each.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_FOLDER = Path(__file__).resolve().parent / "grafana"
+_WIDTH, _HEIGHT = 12, 8
+JOB = 'job=~"$job"'
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A graph."""
+
+    title: str
+    expressions: tuple[tuple[str, str], ...]
+    """(PromQL, legend)"""
+    unit: str = "short"
+
+
+@dataclass(frozen=True)
+class Dashboard:
+    """A page of graphs."""
+
+    name: str
+    title: str
+    panels: tuple[Panel, ...]
+    variable: str | None = None
+    """PromQL whose values of the label `job` may be chosen from."""
+
+
+def _of_job(metric: str, legend: str = "{{job}}") -> tuple[str, str]:
+    return f"max by (job, of) (ray_rayloom_{metric}{{{JOB}}})", legend
+
+
+DASHBOARDS = (
+    Dashboard(
+        "training",
+        "Rayloom: training",
+        (
+            Panel("Loss", (_of_job("loss"), _of_job("eval_loss", "{{job}} evaluation {{of}}"))),
+            Panel("Tokens per second", (_of_job("tokens_per_second"),)),
+            Panel("Learning rate", (_of_job("learning_rate"),)),
+            Panel("Gradient norm", (_of_job("grad_norm"),)),
+            Panel("Progress", (_of_job("progress"),), "percentunit"),
+            Panel("Seconds of a step by part", (_of_job("step_seconds", "{{job}} {{of}}"),), "s"),
+        ),
+        "ray_rayloom_step",
+    ),
+    Dashboard(
+        "data",
+        "Rayloom: data stream",
+        (
+            Panel("Share of a step that waits for data", ((
+                f'max by (job) (ray_rayloom_step_seconds{{of="data", {JOB}}})'
+                f" / sum by (job) (ray_rayloom_step_seconds{{{JOB}}})", "{{job}}"),), "percentunit"),
+            Panel("Examples per second by data set", ((
+                f"max by (job, of) (deriv(ray_rayloom_examples{{{JOB}}}[5m]))", "{{job}} {{of}}"),)),
+            Panel("Tokens trained on", (_of_job("tokens"),)),
+            Panel("Epoch", (_of_job("epoch"),)),
+        ),
+        "ray_rayloom_step",
+    ),
+    Dashboard(
+        "cluster",
+        "Rayloom: cluster",
+        (
+            Panel("CPU of each machine", (("ray_node_cpu_utilization", "{{instance}}"),), "percent"),
+            Panel("Memory of each machine", (("ray_node_mem_used / ray_node_mem_total", "{{instance}}"),), "percentunit"),
+            Panel("GPU of each machine", (("ray_node_gpus_utilization", "{{instance}} GPU {{GpuIndex}}"),), "percent"),
+            Panel("Disk used", ((
+                "ray_node_disk_usage / (ray_node_disk_usage + ray_node_disk_free)", "{{instance}}"),), "percentunit"),
+            Panel("Objects in memory", (("sum by (Location) (ray_object_store_memory)", "{{Location}}"),), "bytes"),
+            Panel("Actors by state", (("sum by (State) (ray_actors)", "{{State}}"),)),
+        ),
+    ),
+)  # fmt: skip
+
+
+def as_json(dashboard: Dashboard) -> dict[str, Any]:
+    """What Grafana imports."""
+    source = {"type": "prometheus", "uid": "${datasource}"}
+    variables: list[dict[str, Any]] = [
+        {"name": "datasource", "type": "datasource", "query": "prometheus", "label": "Prometheus"}
+    ]
+    if dashboard.variable:
+        query = f"label_values({dashboard.variable}, job)"
+        choice = {"multi": True, "includeAll": True, "allValue": ".*", "refresh": 2}
+        variables.append({"name": "job", "type": "query", "datasource": source, "query": query, **choice})
+    panels = []
+    for index, panel in enumerate(dashboard.panels):
+        column, row = index % 2, index // 2
+        targets = [
+            {"refId": chr(ord("A") + place), "expr": expression, "legendFormat": legend, "datasource": source}
+            for place, (expression, legend) in enumerate(panel.expressions)
+        ]
+        panels.append(
+            {
+                "id": index + 1,
+                "type": "timeseries",
+                "title": panel.title,
+                "datasource": source,
+                "gridPos": {"x": column * _WIDTH, "y": row * _HEIGHT, "w": _WIDTH, "h": _HEIGHT},
+                "fieldConfig": {"defaults": {"unit": panel.unit}, "overrides": []},
+                "targets": targets,
+            }
+        )
+    return {
+        "uid": f"rayloom-{dashboard.name}",
+        "title": dashboard.title,
+        "schemaVersion": 39,
+        "timezone": "browser",
+        "time": {"from": "now-1h", "to": "now"},
+        "refresh": "10s",
+        "templating": {"list": variables},
+        "panels": panels,
+    }
+
+
+def main() -> None:
+    _FOLDER.mkdir(exist_ok=True)
+    for dashboard in DASHBOARDS:
+        (_FOLDER / f"{dashboard.name}.json").write_text(json.dumps(as_json(dashboard), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

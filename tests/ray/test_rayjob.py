@@ -1,0 +1,75 @@
+"""What is in a rendered RayJob runs: its entrypoint, runtime environment and metadata."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+from tests.ray.small_jobs import job, write_rows
+from tests.ray.test_machines import Machine, machine, wait_for_nodes
+
+from rayloom.jobs.client import connect, follow_logs, job_status, list_jobs
+from rayloom.jobs.local_head import LocalHead
+from rayloom.k8s.check import check_documents
+from rayloom.k8s.documents import load_documents
+from rayloom.k8s.leave import leave
+from rayloom.k8s.overlay import OVERLAYS
+from rayloom.k8s.render import Places, dump, render
+
+__all__ = ["machine"]
+
+pytestmark = pytest.mark.timeout(400)
+
+
+def test_the_manifest_runs(head: LocalHead, tiny_model: Path, tmp_path: Path) -> None:
+    """Twice: a second attempt finds the finished run and leaves it as it is."""
+    rows = write_rows(tmp_path / "rows.jsonl", 40)
+    train = {"workers": 1, "max_steps": 3, "cpus_per_worker": 3}
+    config = job(tiny_model, tmp_path / "shared", [{"path": str(rows)}], name="manifest", train=train)
+    places = Places(root=str(tmp_path), storage=str(tmp_path / "shared"), job=str(tmp_path / "mounted"))
+    file = tmp_path / "manifest.yaml"
+    file.write_text(dump(render(config, OVERLAYS["cpu"], places)))
+
+    documents = load_documents(file)
+    check_documents(documents)
+    config_map, ray_job = (document.body for document in documents)
+    (tmp_path / "mounted").mkdir()
+    for name, text in config_map["data"].items():  # as the volume would show it
+        (tmp_path / "mounted" / name).write_text(text)
+    spec = ray_job["spec"]
+    client = connect(head.address, environment=head.environment)
+    submission: dict[str, Any] = {
+        "entrypoint": spec["entrypoint"],
+        "runtime_env": yaml.safe_load(spec["runtimeEnvYAML"]),
+        "metadata": spec["metadata"],
+    }
+
+    first = client.submit_job(**submission)
+    lines = list(follow_logs(client, first))
+    status = job_status(client, first)
+    assert (status.status, status.exit_code) == ("SUCCEEDED", 0), lines
+    run_dir = tmp_path / "shared" / "manifest"
+    assert (run_dir / "model").is_dir()
+    (listed,) = (item for item in list_jobs(client) if item.id == first)
+    assert (listed.name, listed.stage, listed.run_dir) == ("manifest", "sft", str(run_dir))
+
+    second = client.submit_job(**submission)
+    lines = list(follow_logs(client, second))
+    assert job_status(client, second).exit_code == 2
+    assert any("holds a finished run and is kept as it is" in line for line in lines), lines
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("connected")
+def test_an_idle_node_leaves_at_once(head: LocalHead, machine: Machine) -> None:
+    with ray.init(address=head.cluster_address, namespace="test", logging_level="ERROR", log_to_driver=False):
+        node_id = machine.node_id()
+    assert leave(head.cluster_address, node_id, 60)
+    wait_for_nodes(head, 1)
+    gone = subprocess.run([sys.executable, "-m", "rayloom.k8s.leave", "--help"], capture_output=True, check=False)
+    assert gone.returncode == 0
