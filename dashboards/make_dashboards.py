@@ -74,7 +74,8 @@ DASHBOARDS = (
         "Rayloom: cluster",
         (
             Panel("CPU of each machine", (("ray_node_cpu_utilization", "{{instance}}"),), "percent"),
-            Panel("Memory of each machine", (("ray_node_mem_used / ray_node_mem_total", "{{instance}}"),), "percentunit"),
+            Panel("Memory of each machine", ((
+                "ray_node_mem_used / ray_node_mem_total", "{{instance}}"),), "percentunit"),
             Panel("GPU of each machine", (("ray_node_gpus_utilization", "{{instance}} GPU {{GpuIndex}}"),), "percent"),
             Panel("Disk used", ((
                 "ray_node_disk_usage / (ray_node_disk_usage + ray_node_disk_free)", "{{instance}}"),), "percentunit"),
