@@ -151,6 +151,8 @@ class VllmEngine:
             digest = Digest()
             if weights.kind == "full":
                 self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": _read(tensors, digest)})
+                if self._options.device == "cpu":
+                    self._llm.collective_rpc(_pack_head)
             self._loaded = (digest.count, str(digest))
             self._llm.reset_prefix_cache()  # its keys do not say of which weights they are
         self._version, self._new = weights.version, True
@@ -248,6 +250,14 @@ def _read(tensors: Mapping[str, Any], digest: Digest) -> Iterator[tuple[str, Any
     for name in sorted(tensors):
         digest.add(name, tensors[name])
         yield name, tensors[name]
+
+
+def _pack_head(worker: Any) -> None:
+    """Runs in vLLM's worker: on CPU an output layer that shares the embeddings' weights has a packed copy of them,
+    which `reload_weights` leaves as it was."""
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    dispatch_cpu_unquantized_gemm(worker.model_runner.get_model().lm_head, remove_weight=False)
 
 
 def _held_tensors(worker: Any, number: int, folder: str) -> set[str]:
