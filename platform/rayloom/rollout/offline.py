@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,7 @@ def predict(prediction: Prediction, say: Callable[[str], None]) -> int:
         asked: dict[int, tuple[Prompt, str]] = {}
 
         def prompts() -> Iterator[Prompt]:
-            for prompt, reference in _chained(first, questions):
+            for prompt, reference in chain([first], questions):
                 asked[prompt.number] = (prompt, reference)
                 yield prompt
 
@@ -182,11 +182,6 @@ def predict(prediction: Prediction, say: Callable[[str], None]) -> int:
     finally:
         fleet.stop()
     return done
-
-
-def _chained(first: tuple[Prompt, str], rest: Iterator[tuple[Prompt, str]]) -> Iterator[tuple[Prompt, str]]:
-    yield first
-    yield from rest
 
 
 def _data_set(prediction: Prediction) -> DataSet:

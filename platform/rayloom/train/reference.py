@@ -30,6 +30,7 @@ from rayloom.errors import JobError
 from rayloom.losses.pairs import tail_weights
 from rayloom.methods.prompts import virtual_tokens
 from rayloom.train.batch import TrainedPositions, make_batch
+from rayloom.train.collective import of_all_ranks
 from rayloom.train.pairs import first_sequences, log_probability_sums, second_starts, sides_of
 
 _ROUND_ROWS = 1024
@@ -162,7 +163,7 @@ class ReferencePass:
         trains = [_has_labels(batches[start : start + self.batches_per_step]) for start in groups]
         epochs_done = max([0.0, *(done for table in batches for done in table["epochs_done"].to_pylist())])
         stop = _rank() == 0 and self.stop()
-        told = _tell_all((len(keys), trains, stop, epochs_done))
+        told = of_all_ranks((len(keys), trains, stop, epochs_done))
         rounds = max(-(-count // self.batch_rows) for count, *_ in told)
         parts = []
         for number in range(rounds):
@@ -172,7 +173,7 @@ class ReferencePass:
         computed = 0
         if rounds:
             mine = np.concatenate([np.empty((0, 2), dtype=np.float32), *parts])
-            found = _tell_all((keys, mine))
+            found = of_all_ranks((keys, mine))
             keys, sums = (np.concatenate([part[i] for part in found]) for i in range(2))
             keys, first = np.unique(keys, return_index=True)
             known.add(keys, sums[first])
@@ -227,12 +228,3 @@ def _has_labels(batches: list[pa.Table]) -> bool:
 
 def _rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def _tell_all(mine: Any) -> list[Any]:
-    """What every worker says, in the order of ranks."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return [mine]
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, mine)
-    return everyone

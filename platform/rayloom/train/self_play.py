@@ -13,6 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,7 @@ def _write_pairs(job: JobConfig, adapter: str | None, file: Path, *, seed: int) 
         fleet.sync(weights_of(adapter))
         with partial.open("w", encoding="utf-8") as output:
             done = 0
-            for rollouts in answers(fleet, _chain(first, stream), sampling):
+            for rollouts in answers(fleet, chain([first], stream), sampling):
                 for one in rollouts:
                     question, reference = asked.pop(one.prompt)
                     own = tokenizer.decode(list(one.token_ids), skip_special_tokens=True)
@@ -208,8 +209,3 @@ def _pair(question: Example, chosen: str, rejected: str) -> dict[str, Any]:
         return {"role": "assistant", "content": text}
 
     return {"messages": question.as_dicts(), "chosen": answer(chosen), "rejected": answer(rejected)}
-
-
-def _chain(first: Prompt, rest: Iterator[Prompt]) -> Iterator[Prompt]:
-    yield first
-    yield from rest
