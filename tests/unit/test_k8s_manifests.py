@@ -81,6 +81,18 @@ def test_the_config_map_holds_the_job_with_absolute_paths(tmp_path):
     assert job.train.wait_for_resources == 900
 
 
+def test_what_earlier_jobs_made_is_in_the_storage_and_what_is_written_in_the_image():
+    rewards = "rewards={sources: [{type: function, path: 'jobs/sums.py:right'}, {type: adapter, path: runs/rm/model}]}"
+    chain = ["model.path=runs/sft/model", "method.adapters=[runs/lora/model]", rewards]
+    job = yaml.safe_load(demo("cpu", *chain)[0].body["data"]["job.yaml"])
+    assert job["model"]["path"] == "/shared/runs/sft/model"
+    assert job["method"]["adapters"] == ["/shared/runs/lora/model"]
+    assert [source["path"] for source in job["rewards"]["sources"]] == [
+        "/opt/rayloom/jobs/sums.py:right",
+        "/shared/runs/rm/model",
+    ]
+
+
 def groups(documents: list[Document]) -> list[dict[str, Any]]:
     return job_of(documents)["spec"]["rayClusterSpec"]["workerGroupSpecs"]
 

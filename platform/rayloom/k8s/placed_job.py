@@ -30,12 +30,12 @@ def place(job: JobConfig, *, root: str, storage: str, gpus: bool) -> JobConfig:
         faults.append(f"train.device: {job.train.device}: the overlay's pods have {_has(gpus)}; use --overlay {other}")
     data = job.model_dump(mode="json")
     data["output_dir"] = _output(job.output_dir, storage, faults)
-    for key, holder, field in _paths(data):
+    for key, holder, field in _paths(data, job.output_dir):
         value = holder[field]
         if not PurePosixPath(value).is_absolute() and not value.startswith("~"):
             if ".." in PurePosixPath(value).parts:
                 faults.append(f"{key}: {value}: lies outside of the image's {root}; give an absolute path in {storage}")
-            holder[field] = str(PurePosixPath(root) / value)
+            holder[field] = str(PurePosixPath(storage if _is_run(value, job.output_dir) else root) / value)
     if faults:
         raise RequestError(*faults)
     data["train"]["wait_for_resources"] = max(job.train.wait_for_resources, _START_SECONDS)
@@ -56,32 +56,43 @@ def _output(output_dir: str, storage: str, faults: list[str]) -> str:
     return str(PurePosixPath(storage) / path)
 
 
-def _paths(data: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any] | list[Any], Any]]:
+def _paths(data: dict[str, Any], output_dir: str) -> Iterator[tuple[str, dict[str, Any] | list[Any], Any]]:
     """(key, what holds it, its key there) of every path that is a file, not a name on a hub or an address."""
     parts = data["data"]
     for group in ("train", "eval"):
         for index, item in enumerate(parts[group]):
-            if parts["description"] is None and _is_file(item["path"]):
+            if parts["description"] is None and _is_file(item["path"], output_dir):
                 yield f"data.{group}[{index}].path", item, "path"
     for field in ("description", "converters", "store"):
         if parts[field]:
             yield f"data.{field}", parts, field
     if parts["template"].endswith(".jinja"):
         yield "data.template", parts, "template"
-    if _is_folder(data["model"]["path"]):
+    if _is_folder(data["model"]["path"], output_dir):
         yield "model.path", data["model"], "path"
     if data["train"]["deepspeed_json"]:
         yield "train.deepspeed_json", data["train"], "deepspeed_json"
     adapters = data["method"].get("adapters") or []
     for index, adapter in enumerate(adapters):
-        if _is_folder(adapter):
+        if _is_folder(adapter, output_dir):
             yield f"method.adapters[{index}]", adapters, index
+    for index, source in enumerate((data["rewards"] or {}).get("sources", ())):
+        if source["type"] == "function" or ("path" in source and _is_folder(source["path"], output_dir)):
+            yield f"rewards.sources[{index}].path", source, "path"
 
 
-def _is_file(path: str) -> bool:
+def _is_run(path: str, output_dir: str) -> bool:
+    """Whether it lies among the runs, which are in the storage: what a job before this one has made."""
+    runs = PurePosixPath(output_dir)
+    return bool(runs.parts) and PurePosixPath(path).is_relative_to(runs)  # of `.` anything would be a part
+
+
+def _is_file(path: str, output_dir: str) -> bool:
     """Whether a data set is a file or folder: hub names have no ending, or are not here."""
-    return "://" not in path and (bool(PurePosixPath(path).suffix) or _is_folder(path))
+    return "://" not in path and (bool(PurePosixPath(path).suffix) or _is_folder(path, output_dir))
 
 
-def _is_folder(path: str) -> bool:
-    return path.startswith((".", "/")) or ("://" not in path and not path.startswith("pypi:") and Path(path).exists())
+def _is_folder(path: str, output_dir: str) -> bool:
+    if "://" in path or path.startswith("pypi:"):
+        return False
+    return path.startswith((".", "/")) or _is_run(path, output_dir) or Path(path).exists()
