@@ -92,6 +92,22 @@ def test_estimates_of_the_divergence() -> None:
     assert torch.equal(kl_estimate(p, q, "k2"), (p - q) ** 2 / 2)
 
 
+def test_gradients_of_the_estimates_on_policy() -> None:
+    """Weighted with the probabilities of all tokens: k2's is the divergence's own, k3's that of the reverse, k1's 0."""
+    logits = torch.randn(50, dtype=torch.float64, requires_grad=True)
+    q = torch.randn(50, dtype=torch.float64).log_softmax(0)
+
+    def gradient(value: torch.Tensor) -> torch.Tensor:
+        (found,) = torch.autograd.grad(value, logits, retain_graph=True)
+        return found
+
+    p = logits.log_softmax(0)
+    mean = {name: gradient((p.detach().exp() * kl_estimate(p, q, name)).sum()) for name in ("k1", "k2", "k3")}
+    torch.testing.assert_close(mean["k1"], torch.zeros(50, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(mean["k2"], gradient((p.exp() * (p - q)).sum()), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(mean["k3"], gradient((q.exp() * (q - p)).sum()), rtol=1e-9, atol=1e-12)
+
+
 LENGTHS = [5, 1, 9, 3, 7, 15]
 
 

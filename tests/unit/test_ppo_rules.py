@@ -100,6 +100,7 @@ def test_what_is_refused(parts: dict[str, Any], message: str) -> None:
     [
         ({"stage": {"advantage": "grpo", "samples": 1}}, "samples 1: grpo compares several answers"),
         ({"stage": {"advantage": "rloo", "value_learning_rate": 1e-3}}, "value_learning_rate is for advantage gae"),
+        ({"stage": {"advantage": "grpo", "kl": {"estimator": "k1"}}}, "kl.estimator k1 in the loss has a gradient"),
         ({"rollout": {"max_tokens": 0}}, "max_tokens"),
         ({"rollout": {"max_tokens": 4, "min_tokens": 5}}, "min_tokens 5 is more than max_tokens"),
         ({"rollout": {"temperature": 0.0}}, "temperature"),

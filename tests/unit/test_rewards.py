@@ -76,6 +76,7 @@ def test_a_function_gets_texts_and_gives_numbers(tmp_path: Path) -> None:
         ("return [1.0, float('nan')]", "gave nan for the answer 'b' to 'prompt 1'"),
         ("return [1.0, float('inf')]", "gave inf for the answer 'b' to 'prompt 1'"),
         ("return ['good', 'bad']", "must give a list of 2 numbers"),
+        ("raise KeyError('gold')", "KeyError: 'gold'"),
         ("return None", "must give a list of 2 numbers"),
         ("import os; os._exit(7)", "ended its process"),
     ],
@@ -104,6 +105,7 @@ def test_a_function_that_holds_pythons_lock_is_ended(tmp_path: Path) -> None:
         ("{}/other.py:score", "", r"k: no such file: .*other.py"),
         ("{}/mine.py:score", "def scores(a, b, c): pass\n", r"k: .*mine.py: it has no function 'score'; it has scores"),
         ("{}/mine.py:score", "import nothing_of_this_name\n", r"k: .*mine.py:1: ModuleNotFoundError: No module"),
+        ("{}/mine.py:score", "raise SystemExit(0)\n", r"k: .*mine.py:1: SystemExit: 0"),
         ("{}/mine.py:score", "def score(:\n", r"k: .*SyntaxError"),
     ],
 )

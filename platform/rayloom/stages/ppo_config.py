@@ -24,9 +24,10 @@ class KlConfig(ConfigPart):
     (Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, section 2.2). Left out: the coefficient stays."""
     horizon: Whole = Field(default=10_000, ge=1)
     """With `target`: answers over which the coefficient follows; at least 1."""
-    estimator: Literal["k1", "k2", "k3"] = "k1"
+    estimator: Literal["auto", "k1", "k2", "k3"] = "auto"
     """Of each token's divergence, from the log-ratio r = log p - log p_ref of the token drawn: `k1` r, `k2` r^2 / 2,
-    `k3` exp(-r) - 1 + r (http://joschu.net/blog/kl-approx.html)."""
+    `k3` exp(-r) - 1 + r (http://joschu.net/blog/kl-approx.html). `auto`: k1 in the reward, k3 in the loss, where k1
+    would do nothing: the mean of its gradient is 0."""
     place: Literal["auto", "reward", "loss"] = "auto"
     """Where it counts: taken off the `reward` of each token, or added to the `loss`. `auto`: `reward` for `gae`, `rloo`
     and `reinforce++`, `loss` for `grpo` and `dr_grpo`, as their papers have it."""
@@ -85,6 +86,10 @@ class PpoConfig(Stage):
     def _fits_its_advantage(self) -> PpoConfig:
         if self.advantage in GROUPED and self.samples == 1:
             raise ValueError(f"samples 1: {self.advantage} compares several answers to a prompt; say at least 2")
+        if self.kl_place == "loss" and self.kl.estimator == "k1":
+            raise ValueError(
+                "kl.estimator k1 in the loss has a gradient whose mean is 0; say k3 or k2, or place: reward"
+            )
         if self.advantage != "gae" and self.value_learning_rate is not None:
             raise ValueError(f"value_learning_rate is for advantage gae, not {self.advantage}")
         return self
@@ -101,6 +106,13 @@ class PpoConfig(Stage):
     @property
     def has_reference(self) -> bool:
         return self.kl.coefficient > 0 or self.kl.target is not None
+
+    @property
+    def kl_estimator(self) -> Literal["k1", "k2", "k3"]:
+        """What each token's divergence is estimated by."""
+        if self.kl.estimator != "auto":
+            return self.kl.estimator
+        return "k3" if self.kl_place == "loss" else "k1"
 
     @property
     def kl_place(self) -> Literal["reward", "loss"]:

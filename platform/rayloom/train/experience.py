@@ -75,7 +75,7 @@ def make_experience(
     of_answers = torch.tensor(list(rewards), dtype=torch.float32)
     penalties = torch.zeros(mask.shape)
     if scored.reference is not None and stage.kl_place == "reward":
-        penalties = coefficient * kl_estimate(scored.log_probs, scored.reference, stage.kl.estimator) * mask
+        penalties = coefficient * kl_estimate(scored.log_probs, scored.reference, stage.kl_estimator) * mask
     tables = {
         "old_log_probs": scored.log_probs,
         "lengths": lengths_of(answers).float().unsqueeze(1).expand(mask.shape),

@@ -88,7 +88,7 @@ def step_loss(
         losses = losses + stage.value_weight * of_values
         measures["value_loss"] = of_values.detach()
     if "reference" in known and stage.kl_place == "loss":
-        losses = losses + kl_coefficient * kl_estimate(said.log_probs, known["reference"], stage.kl.estimator)
+        losses = losses + kl_coefficient * kl_estimate(said.log_probs, known["reference"], stage.kl_estimator)
     if stage.entropy:
         losses = losses - stage.entropy * said.entropies
     over = _MEAN_OVER[stage.advantage]

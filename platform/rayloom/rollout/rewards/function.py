@@ -45,7 +45,7 @@ def check_function(path: str, key: str) -> None:
     file, name = split_path(path, key)
     try:
         _load(file, name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RequestError(f"{key}: {_said(error, file)}") from None
 
 
@@ -64,7 +64,10 @@ class FunctionScore:
                    [one.reference for one in answered])  # fmt: skip
         if self._process is None:
             self._start()
-        self._pipe.send(columns)
+        try:
+            self._pipe.send(columns)
+        except OSError:
+            raise JobError(f"{self._who} has ended its process; exit code {self._process.exitcode}") from None
         kind, found = self._receive(self._timeout, f"{len(answered)} answers")
         if kind == "error":
             raise JobError(f"{self._who} raised: {found}")
@@ -146,5 +149,5 @@ def _said(error: BaseException, file: Path) -> str:
     """The error in one line, with the line of the user's file where it was raised."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
     where = f"{file}:{lines[-1]}" if lines else str(file)
-    text = str(error) if isinstance(error, LookupError) else f"{type(error).__name__}: {error}"
+    text = str(error) if type(error) is LookupError else f"{type(error).__name__}: {error}"
     return f"{where}: {text}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 import urllib.error
@@ -59,7 +60,10 @@ class HttpScore:
                     raise JobError(f"{self._who} refuses the request with {said}") from None
             except TimeoutError:
                 said = f"no answer within {self._config.timeout:g} s"
-            except OSError as error:  # urllib's URLError is one; so is a connection that breaks off
+            except (
+                OSError,
+                http.client.HTTPException,
+            ) as error:  # urllib's URLError is one; so is a connection that breaks off
                 reason = getattr(error, "reason", error)
                 said = (
                     f"no answer within {self._config.timeout:g} s" if isinstance(reason, TimeoutError) else f"{reason}"

@@ -52,6 +52,8 @@ def checked_scores(found: Any, answered: Sequence[Answered], who: str) -> list[f
         JobError: they are not as many numbers as there are answers.
     """
     try:
+        if isinstance(found, str | bytes | dict):
+            raise TypeError
         scores = [float(score) for score in found]
     except (TypeError, ValueError):
         raise JobError(f"{who} must give a list of {len(answered)} numbers, not {found!r:.200}") from None
