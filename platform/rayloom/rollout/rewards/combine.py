@@ -23,7 +23,7 @@ from rayloom.rollout.rewards.source import Answered, RewardSource
 
 
 def reward_names(config: RewardsConfig) -> list[str]:
-    """What each source is called; no two alike (`check_rewards` sees to that)."""
+    """What each source is called; no two alike (`rayloom.train.ppo_rules` sees to that)."""
     return [source.name or source.type for source in config.sources]
 
 
