@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 from typing import Any
 
 import pytest
@@ -74,30 +75,43 @@ def test_mlflow(tmp_path, monkeypatch):
 
 def test_wandb_offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
-    from wandb.proto.wandb_internal_pb2 import Record
-
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     log(WeightsAndBiases(job(), tmp_path))
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    # `finish` tells wandb's process to close the file and does not wait until it has.
+    deadline = time.monotonic() + 60
+    while (found := wandb_history(file.read_bytes())) != LOGGED and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert found == LOGGED
+
+
+def wandb_history(data: bytes) -> dict[tuple[int, str], float]:
+    """The numbers that a .wandb file has so far, by step and name."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
     found = {}
-    for data in leveldb_records(file.read_bytes()[7:], 7):
-        history = Record.FromString(data).history.item
+    for record in leveldb_records(data[7:], 7):
+        history = Record.FromString(record).history.item
         items = {"/".join(item.nested_key) or item.key: float(item.value_json) for item in history}
         items = {name: value for name, value in items.items() if not name.startswith("_")}
         step = int(items.pop("step", 0))
         found |= {(step, name): value for name, value in items.items()}
-    assert found == LOGGED
+    return found
 
 
 def leveldb_records(data: bytes, start: int) -> list[bytes]:
-    """The records of a log in LevelDB's format: blocks of 32 KiB, a record in one piece (1) or in several (2, 3, 4)."""
+    """The records of a log in LevelDB's format: blocks of 32 KiB, a record in one piece (1) or in several (2, 3, 4).
+
+    One that is still being written is left out."""
     records, pieces, at = [], b"", 0
     while at + 7 <= len(data):
         if (left := 32768 - (at + start) % 32768) < 7:
             at += left
             continue
         length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        if at + 7 + length > len(data):
+            break
         pieces += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):
