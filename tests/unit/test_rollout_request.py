@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
+from rayloom.rollout.adapter_folders import pack, stored_tensors
 from rayloom.rollout.digest import Digest, digest_of
 from rayloom.rollout.request import BLOCK, Probe, Weights, difference, probe_prompt
 
@@ -52,8 +55,20 @@ def test_the_difference_names_engine_and_what_differs() -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_adapters_file_is_what_safetensors_reads(tmp_path: Path, dtype: torch.dtype) -> None:
+    wide = torch.arange(60.0, dtype=dtype).reshape(6, 10)
+    tensors = {"b": wide[:, :3], "an odd name with ä": wide[0, 0], "a": torch.ones(3, dtype=dtype)}
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(pack(tensors))
+    found = stored_tensors(str(tmp_path))
+    assert digest_of(found) == digest_of(tensors)
+    with safe_open(file, framework="pt") as opened:
+        assert set(opened.keys()) == set(tensors)
+
+
 @pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 100])
 def test_a_probes_prompt_fills_a_block_of_the_cache(length: int) -> None:
     prompt = probe_prompt(tuple(range(length)))
-    assert len(prompt) > BLOCK
-    assert prompt[:length] == tuple(range(length))
+    assert len(prompt) == BLOCK + 1
+    assert prompt[:length] == tuple(range(length))[: BLOCK + 1]
