@@ -94,9 +94,9 @@ def main() -> None:
     print(f"  step with the engine                  {step:8.1f} s, {seconds[0]:.1f} of them answers")
     print(f"  step with model.generate              {slow:8.1f} s, {seconds[1]:.1f} of them answers")
     print(f"  ratio                                 {slow / step:8.2f}   (at least 1.5)")
-    print(f"  sync of the adapter, checks included  {1000 * of_sync:8.0f} ms   (at most 150)")
-    print(f"  behind the answers, its comparison    {1000 * of_comparison:8.0f} ms")
-    print(f"  its share of a step                   {100 * (of_sync + of_comparison) / step:8.1f} %   (under 2)")
+    print(f"  sync until the adapter serves, checked{1000 * of_sync:8.0f} ms   (at most 150)")
+    print(f"  the trainer's comparison, later       {1000 * of_comparison:8.0f} ms")
+    print(f"  share of both in a step               {100 * (of_sync + of_comparison) / step:8.1f} %   (under 2)")
     print(f"  log-probabilities, engine - trainer   {difference:8.1e} on average (1e-3 in fp32)")
 
 

@@ -79,7 +79,8 @@ def measure(side: str, rows: int, folder: Path) -> dict[str, float]:
     answers = make_answers()
     reset_peak()
 
-    mask, found, rewards = mask_of(answers), {}, []
+    mask, rewards = mask_of(answers), []
+    found: dict[str, torch.Tensor] = {}
     parts = [list(range(start, start + rows)) for start in range(0, ROWS, rows)]
     for numbers in parts:
         chosen = [answers[number] for number in numbers]
