@@ -27,7 +27,12 @@ def _reference(job: JobConfig) -> str | None:
     if not isinstance(stage, DpoConfig | KtoConfig) or not stage.has_reference:
         return None
     if stage.reference == "cached":
-        return None
+        if job.output_folder is not None:
+            return None
+        return (
+            f"stage.reference: cached: its files must be in a folder that all workers read, and output_dir is an "
+            f"address ({job.output_dir}); say copy, or adapter_off"
+        )
     if stage.reference == "copy":
         is_sharded = job.train.deepspeed == "zero3"
         return "stage.reference: copy: zero3 would not shard the copy; use zero2, or cached" if is_sharded else None

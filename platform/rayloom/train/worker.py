@@ -35,6 +35,7 @@ from rayloom.models.quantization import leave_out_of_broadcast
 from rayloom.models.tokenizer import TokenizerSource, load_tokenizer, pad_token
 from rayloom.models.value_head import attach_value_head
 from rayloom.models.vocabulary import added_token_ids
+from rayloom.remote import Remote
 from rayloom.stages.reference import ReferencePlace
 from rayloom.stages.step_loss import step_loss, token_loss
 from rayloom.train.deepspeed import deepspeed_config, engine_of, inference_config
@@ -106,6 +107,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
     if Path(config["folder"]).is_dir():  # Ray Train has gone elsewhere, and paths in the job file are the driver's
         os.chdir(config["folder"])
     job = JobConfig.model_validate(config["job"])
+    model_dir: Path | Remote = config["model_dir"]
     monitor, device, sets = config["monitor"], config["device"], len(config["sets"])
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
@@ -216,7 +218,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
             eval_tables=eval_tables,
             set_names=config["sets"],
             eval_names=config["eval_sets"],
-            checkpoints=Path(config["checkpoints"]),
+            checkpoints=config["checkpoints"],
             **more,
         )
         trainer.remove_callback(transformers.PrinterCallback)
@@ -228,9 +230,11 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
             evaluation = trainer.evaluate()
             trainer.load_best()
         if not trainer.stopped:
-            trainer.save_model(config["model_dir"])
+            saved = model_dir if isinstance(model_dir, Path) else scratch / "model"
+            trainer.save_model(str(saved))
             if rank == 0:
-                finish_saved(model, job.method, Path(config["model_dir"]), start)
+                finish_saved(model, job.method, saved, start, place=str(model_dir))
+                _upload(saved, model_dir)
         trainer.finish_saving()
     if rank != 0:
         return None
@@ -322,6 +326,15 @@ def _cached(
         say=say,
     )
     return work.run(shard.batches(train.batch_size), eval_tables() if eval_tables else [], scorer)
+
+
+def _upload(saved: Path, place: Path | Remote) -> None:
+    """Put a model that was saved here to its address, if it has one."""
+    if isinstance(place, Remote):
+        try:
+            place.upload(saved)
+        except OSError as error:
+            raise JobError(f"the trained model is not stored: {error}") from error
 
 
 def _weight_dtype(job: JobConfig, precision: Precision) -> torch.dtype:
