@@ -18,7 +18,7 @@ PACKAGE = SOURCE / "rayloom"
 # A room may import from rooms of a lower level and from itself.
 LEVELS = (
     ("errors", "__version__"),
-    ("cache", "collector"),
+    ("cache", "collector", "remote"),
     ("config",),
     ("models",),
     ("methods", "data", "losses"),

@@ -12,6 +12,7 @@ from rayloom.data.config import DataConfig
 from rayloom.methods.config import LoraConfig, MethodConfig
 from rayloom.methods.optimizers.config import AdamWConfig, OptimizerConfig, refusals
 from rayloom.models.config import ModelConfig
+from rayloom.remote import is_remote
 from rayloom.rollout.config import RolloutConfig
 from rayloom.rollout.rewards.config import RewardsConfig
 from rayloom.stages.config import SftConfig, StageConfig
@@ -24,7 +25,8 @@ class JobConfig(ConfigPart):
     name: str = Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run; with `output_dir` it is the run directory. Letters, digits, dot, dash and underscore."""
     output_dir: str = Field(default="runs", min_length=1)
-    """Folder that holds run directories; on several machines it must be one that all of them share."""
+    """Folder that holds run directories; on several machines it must be one that all of them share. Or an address that
+    fsspec knows, such as `s3://bucket/runs`: then nothing that a run leaves is on the machine itself."""
     resume: bool = False
     """Go on from the last checkpoint in the run directory."""
     overwrite: bool = False
@@ -70,6 +72,17 @@ class JobConfig(ConfigPart):
         return self.data.packing and self.stage.rows in ("texts", "conversations")
 
     @property
+    def output_folder(self) -> Path | None:
+        """`output_dir`, absolute; None where it is an address."""
+        return None if is_remote(self.output_dir) else Path(self.output_dir).expanduser().absolute()
+
+    @property
     def run_dir(self) -> Path:
-        """The run directory, absolute."""
-        return Path(self.output_dir).expanduser().absolute() / self.name
+        """The run directory, absolute. Only where `output_dir` is no address."""
+        assert self.output_folder is not None
+        return self.output_folder / self.name
+
+    @property
+    def run_place(self) -> str:
+        """The run directory's path or address."""
+        return f"{self.output_dir.rstrip('/')}/{self.name}" if self.output_folder is None else str(self.run_dir)

@@ -11,6 +11,8 @@ from pathlib import Path
 from rayloom.cache import cache_dir
 from rayloom.config.job import JobConfig
 from rayloom.doctor.finding import Finding
+from rayloom.errors import RequestError
+from rayloom.remote import Remote
 
 _GIB = 1 << 30
 
@@ -36,6 +38,14 @@ def check_model_cache() -> Iterator[Finding]:
 
 
 def check_run_directories(job: JobConfig | None) -> Iterator[Finding]:
+    if job is not None and job.output_folder is None:
+        try:
+            Remote.at(job.output_dir).check("output_dir")
+        except RequestError as error:
+            yield Finding("run directories", "bad", str(error))
+        else:
+            yield Finding("run directories", "ok", f"{job.output_dir}: can be written")
+        return
     folder = Path(job.output_dir if job else JobConfig.model_fields["output_dir"].default).expanduser().absolute()
     text, fault = _space(folder)
     yield Finding("run directories", "bad" if fault else "ok", text + ("; set output_dir to another" if fault else ""))

@@ -33,10 +33,11 @@ def lasting_arguments(arguments: Sequence[str], environment: Mapping[str, str]) 
     runtime_env: dict[str, Any] = json.loads(environment[JOB_CONFIG]).get("runtime_env") or {}
     if runtime_env.get("working_dir"):
         try:
-            output_dir = Path(read_job(words[0], words[1:]).output_dir)
+            job = read_job(words[0], words[1:])
         except RequestError:
             return list(arguments), []  # `rayloom train` says it
-        if not output_dir.is_absolute() and not str(output_dir).startswith("~"):
+        output_dir = Path(job.output_dir)
+        if job.output_folder is not None and not output_dir.is_absolute() and not str(output_dir).startswith("~"):
             place = f"~/rayloom/{output_dir}"
             arguments = [*arguments, f"output_dir={place}"]
             notes.append(

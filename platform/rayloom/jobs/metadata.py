@@ -13,7 +13,7 @@ def job_metadata(job: JobConfig) -> dict[str, str]:
     """Name, run directory, stage, a hash of the resolved job, and Rayloom's version."""
     return {
         "job_name": job.name,
-        "run_dir": str(job.run_dir),
+        "run_dir": job.run_place,
         "stage": job.stage.type,
         "config_hash": hashlib.sha256(dump_job(job).encode()).hexdigest()[:12],
         "rayloom": rayloom.__version__,

@@ -31,8 +31,8 @@ class Submission:
 
     id: str
     """Submission id: the job's name, the time, and four random digits."""
-    run_dir: Path
-    """The run directory, as the cluster's machines see it."""
+    run_dir: str
+    """The run directory, as the cluster's machines see it, or its address."""
     package_bytes: int
     """Size of the copy of the working directory."""
     notes: tuple[str, ...]
@@ -68,7 +68,7 @@ def submit(
         raise RequestError(*faults)
 
     notes = []
-    if not _absolute(job.output_dir):
+    if job.output_folder is not None and not _absolute(job.output_dir):
         # The job's current directory is a copy that vanishes with it.
         output_dir = Path(os.path.abspath(job.output_dir))
         arguments.append(_override("output_dir", str(output_dir)))
@@ -90,7 +90,7 @@ def submit(
             },
             metadata=_metadata(job, folder),
         )
-    return Submission(job_id, job.run_dir, package.size, tuple(notes))
+    return Submission(job_id, job.run_place, package.size, tuple(notes))
 
 
 def _relative_paths(job: JobConfig, folder: Path) -> Iterator[tuple[str, str]]:
@@ -135,6 +135,8 @@ def _inside(folder: Path, file: str | Path) -> str | None:
 def _run_folders(job: JobConfig, folder: Path) -> tuple[str, ...]:
     """Where runs are written inside the working directory; a job takes no earlier runs along."""
     written = {"runs"}
+    if job.output_folder is None:
+        return tuple(written)
     place = Path(os.path.abspath(Path(job.output_dir).expanduser()))
     for candidate in (place, place / job.name):
         if candidate.is_relative_to(folder) and candidate != folder:

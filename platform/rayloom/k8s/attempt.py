@@ -13,7 +13,7 @@ import sys
 from rayloom.config.job import JobConfig
 from rayloom.config.read import dump_job, read_job
 from rayloom.errors import RequestError
-from rayloom.train.run_dir import RunDir
+from rayloom.train.run_dir import find_run
 
 
 def attempt_override(job: JobConfig) -> str | None:
@@ -22,7 +22,7 @@ def attempt_override(job: JobConfig) -> str | None:
     Raises:
         RequestError: the checkpoints in the run directory cannot be read.
     """
-    run = RunDir(job.run_dir, job.run_dir.exists())
+    run = find_run(job)
     try:
         is_own = (run.path / "job.yaml").read_text(encoding="utf-8") == dump_job(job)
     except OSError:

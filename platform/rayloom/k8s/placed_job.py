@@ -8,6 +8,7 @@ from typing import Any
 
 from rayloom.config.job import JobConfig
 from rayloom.errors import RequestError
+from rayloom.remote import is_remote
 
 _START_SECONDS = 900.0
 """A pod may have to wait for a machine and its image."""
@@ -47,6 +48,8 @@ def _has(gpus: bool) -> str:
 
 
 def _output(output_dir: str, storage: str, faults: list[str]) -> str:
+    if is_remote(output_dir):
+        return output_dir
     path = PurePosixPath(output_dir)
     if (path.is_absolute() and not path.is_relative_to(storage)) or output_dir.startswith("~") or ".." in path.parts:
         faults.append(
@@ -83,6 +86,8 @@ def _paths(data: dict[str, Any], output_dir: str) -> Iterator[tuple[str, dict[st
 
 def _is_run(path: str, output_dir: str) -> bool:
     """Whether it lies among the runs, which are in the storage: what a job before this one has made."""
+    if is_remote(output_dir):
+        return False
     runs = PurePosixPath(output_dir)
     return bool(runs.parts) and PurePosixPath(path).is_relative_to(runs)  # of `.` anything would be a part
 

@@ -28,12 +28,13 @@ def keep_start(model: Any, method: MethodConfig, folder: Path) -> None:
         model.save_pretrained(folder)
 
 
-def finish_saved(model: Any, method: MethodConfig, saved: Path, start: Path) -> None:
+def finish_saved(model: Any, method: MethodConfig, saved: Path, start: Path, *, place: str | None = None) -> None:
     """Make what the trainer saved whole. On rank 0, after training; the model is of no use afterwards.
 
     Args:
         saved: the folder that the trainer has saved the model to.
         start: where `keep_start` wrote.
+        place: the address that the folder will be copied to, if it will.
     """
     if not isinstance(method, LoraConfig):
         return
@@ -43,7 +44,7 @@ def finish_saved(model: Any, method: MethodConfig, saved: Path, start: Path) -> 
         base = saved / MERGED_BASE
         model.unload().save_pretrained(base)
         config = json.loads((saved / CONFIG).read_text(encoding="utf-8"))
-        config["base_model_name_or_path"] = str(base.absolute())
+        config["base_model_name_or_path"] = f"{place or saved.absolute()}/{MERGED_BASE}"
         (saved / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -80,6 +80,10 @@ def prediction_of(
 
         job = read_job(model, overrides)
         config, template, cutoff, rollout = job.model, job.data.template, job.data.cutoff, job.rollout
+        if job.output_folder is None:
+            raise RequestError(
+                f"output_dir: {job.output_dir} is an address: copy {job.run_place}/model to a folder, and name that"
+            )
         trained = job.run_dir / "model"
         if adapter is None and (trained / CONFIG).is_file():
             adapter = str(trained)

@@ -84,15 +84,17 @@ def prepare_eval(job: JobConfig) -> Plan | None:
     return plan
 
 
-def store_root(job: JobConfig) -> Path:
-    """The folder of prepared data."""
-    return Path(job.data.store or Path(job.output_dir) / "prepared").expanduser().absolute()
+def store_root(job: JobConfig) -> Path | None:
+    """The folder of prepared data; None where `output_dir` is an address and `data.store` names none."""
+    if job.data.store:
+        return Path(job.data.store).expanduser().absolute()
+    return job.output_folder / "prepared" if job.output_folder is not None else None
 
 
 def with_stores(job: JobConfig, plan: Plan, encoder: Encoder, options: SegmentOptions) -> SegmentOptions:
     """The options with the prepared tokens of every set that has been prepared in just this way."""
-    key = encoder.key()
-    found = (find_store(store_root(job), data_set, key, options.cutoff) for data_set in plan.sets)
+    key, root = encoder.key(), store_root(job)
+    found = (find_store(root, data_set, key, options.cutoff) if root else None for data_set in plan.sets)
     return replace(options, stores=tuple(found))
 
 

@@ -50,7 +50,8 @@ def reference_place(
     """
     if not job.stage.has_reference or getattr(job.stage, "reference", None) != "cached":
         return None
-    root = Path(job.output_dir).expanduser().absolute() / "reference"
+    assert job.output_folder is not None  # `stages.rules` refuses
+    root = job.output_folder / "reference"
     data = job.data.model_dump(mode="json", exclude={"store", "manifest"})
     sets = [plan.fingerprints, eval_plan.fingerprints if eval_plan else None]
     train = job.train

@@ -28,7 +28,12 @@ def _reference(job: JobConfig) -> str | None:
     if not isinstance(stage, DpoConfig | KtoConfig | PpoConfig) or not stage.has_reference:
         return None
     if stage.reference == "cached":
-        return None
+        if job.output_folder is not None:
+            return None
+        return (
+            f"stage.reference: cached: its files must be in a folder that all workers read, and output_dir is an "
+            f"address ({job.output_dir}); say copy, or adapter_off"
+        )
     if stage.reference == "copy":
         is_sharded = job.train.deepspeed == "zero3"
         other = "adapter_off" if isinstance(stage, PpoConfig) else "cached"

@@ -103,6 +103,11 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
         check_environment(job.optimizer, resources.device)
         run = open_run_dir(job, run)
         run.data_file.write_text(json.dumps(plan.fingerprints, indent=2) + "\n")
+        try:
+            run.follow(reporter.say)
+        except RequestError:
+            run.undo()
+            raise
         settled = job.model_copy(update={"train": train})
         work = Work(
             job=settled,

@@ -11,8 +11,10 @@ import json
 import platform
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -93,7 +95,8 @@ class Execution:
                     self._break(error)
                     summary = None
                     continue
-                keep_snapshot(self._work.run.checkpoints)
+                if isinstance(checkpoints := self._work.run.checkpoints, Path):
+                    keep_snapshot(checkpoints)
                 if summary["status"] == "stopped" and self._move and not self._stop_asked:
                     self._go_on("moved", self._move)
                     summary = None
@@ -210,9 +213,14 @@ class Execution:
         if not self._trains and run.replaced is not None:
             run.undo()
             return JobError(f"{self._work.job.name} failed before its first step. {text}\nThe earlier run is kept")
-        self._write({"status": "failed", "error": text})
-        kept = run.latest_checkpoint() is not None
-        hint = "\nThe last checkpoint is kept: resume=true goes on from it" if kept else ""
+        hint = ""
+        with suppress(RequestError):  # a storage that refuses cannot be asked either
+            if run.latest_checkpoint() is not None:
+                hint = "\nThe last checkpoint is kept: resume=true goes on from it"
+        try:
+            self._write({"status": "failed", "error": text})
+        except JobError as error_of_storage:
+            hint += f"\n{error_of_storage}"
         return JobError(f"{self._work.job.name} failed. {text}{hint}")
 
     def _finish(self, summary: dict[str, Any]) -> dict[str, Any]:
@@ -255,6 +263,7 @@ class Execution:
             | {name: version(name) for name in _VERSIONS},
         }
         self._work.run.write_result(result)
+        self._work.run.finish()
         return result
 
 

@@ -13,6 +13,7 @@ from rayloom.collector import collector_off
 from rayloom.config.job import JobConfig
 from rayloom.data.plan import Plan, Position
 from rayloom.data.segment import Encoder, EncodeSegment, SegmentOptions
+from rayloom.remote import Remote
 from rayloom.stages.prepare import eval_options
 from rayloom.stages.reference import ReferencePlace
 from rayloom.train.config import TrainConfig
@@ -102,8 +103,8 @@ def ray_trainer(work: Work, monitor: Any) -> Any:
             "reference": work.reference,
             "sets": [data_set.name for data_set in work.plan.sets],
             "eval_sets": [data_set.name for data_set in work.eval_plan.sets] if work.eval_plan else [],
-            "model_dir": str(run.model),
-            "checkpoints": str(run.checkpoints),
+            "model_dir": run.model,
+            "checkpoints": run.checkpoints,
             "folder": str(Path.cwd()),
         },
         backend_config=ProcessGroupConfig(
@@ -116,7 +117,7 @@ def ray_trainer(work: Work, monitor: Any) -> Any:
         ),
         run_config=ray.train.RunConfig(
             name=CHECKPOINTS,
-            storage_path=str(run.path),
+            **_storage(run.place),
             failure_config=ray.train.FailureConfig(max_failures=0, **_NO_ENDLESS_RETRY),
             **_worker_environment(resources),
             checkpoint_config=ray.train.CheckpointConfig(
@@ -175,6 +176,12 @@ def _train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
         from rayloom.train.worker import train_worker
 
     return train_worker(config)
+
+
+def _storage(place: Path | Remote) -> dict[str, Any]:
+    if isinstance(place, Remote):
+        return {"storage_path": place.path, "storage_filesystem": place.arrow}
+    return {"storage_path": str(place)}
 
 
 def _worker_environment(resources: Resources) -> dict[str, Any]:

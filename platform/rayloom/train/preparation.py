@@ -30,16 +30,19 @@ def prepare(job: JobConfig, console: Console) -> None:
     Raises:
         RequestError: data that cannot be read, or a bad row where such rows are not skipped.
     """
+    root = store_root(job)
+    if root is None:
+        raise RequestError(f"data.store: name a folder for the tokens; output_dir is an address ({job.output_dir})")
     prepare_environment()
     plan, encoder = prepare_data(job)
     options = segment_options(job)
     key = encoder.key()
     missing = []
     for number, data_set in enumerate(plan.sets):
-        if found := find_store(store_root(job), data_set, key, options.cutoff):
+        if found := find_store(root, data_set, key, options.cutoff):
             console.print(f"{data_set.name}: is prepared already in {found}", soft_wrap=True, highlight=False)
         else:
-            missing.append((number, data_set, store_folder(store_root(job), data_set, key, options.cutoff)))
+            missing.append((number, data_set, store_folder(root, data_set, key, options.cutoff)))
     if not missing:
         return
     with ray_session(verbose=False):

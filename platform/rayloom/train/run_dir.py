@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -15,30 +16,40 @@ from typing import Any
 from rayloom.config.job import JobConfig
 from rayloom.config.read import dump_job
 from rayloom.errors import RequestError
-from rayloom.train.checkpoints import SNAPSHOT, mend_snapshot
+from rayloom.remote import Remote
+from rayloom.train.checkpoints import SNAPSHOT, mend_snapshot, step_of
 from rayloom.train.meter import STREAM_FILE, StreamMeter
+from rayloom.train.mirror import Mirror
 
 CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """`<output_dir>/<name>`. The driver is the only one that writes here, but for Ray Train's checkpoints."""
+    """`<output_dir>/<name>`. Only the driver writes here, but for Ray Train's checkpoints and the model."""
 
     path: Path
+    """Where the driver writes: the run directory, or a temporary folder whose files `mirror` copies to it."""
     existed: bool
     made: tuple[Path, ...] = ()
     """What opening it made: the directory and the folders above it that were missing, innermost first."""
-    replaced: Path | None = None
+    replaced: Path | Remote | None = None
     """Where the run that this one replaces is kept until it is sure that this one trains."""
+    mirror: Mirror | None = None
+    """Of a run directory at an address."""
 
     @property
-    def model(self) -> Path:
-        return self.path / "model"
+    def place(self) -> Path | Remote:
+        """The run directory itself."""
+        return self.mirror.remote if self.mirror is not None else self.path
 
     @property
-    def checkpoints(self) -> Path:
-        return self.path / CHECKPOINTS
+    def model(self) -> Path | Remote:
+        return self.place / "model"
+
+    @property
+    def checkpoints(self) -> Path | Remote:
+        return self.place / CHECKPOINTS
 
     @property
     def result_file(self) -> Path:
@@ -70,22 +81,42 @@ class RunDir:
         return _read_rows(self.metrics_file)
 
     def latest_checkpoint(self) -> Path | None:
-        """The checkpoint that Ray Train would resume from: the newest that it knows to be whole."""
+        """The checkpoint that Ray Train would resume from: the newest that it knows to be whole. Of one at an address,
+        a local folder that holds the position in the stream, and no more."""
         from ray.train import Result
 
         logging.getLogger("ray.train").setLevel(logging.WARNING)  # it tells at length that it has found what we ask for
         folder = self.checkpoints
-        if not (folder / SNAPSHOT).exists():
-            return None
-        mend_snapshot(folder)
         try:
-            checkpoint = Result.from_path(folder).checkpoint
+            if isinstance(folder, Remote):
+                if folder.read(SNAPSHOT) is None:
+                    return None
+                checkpoint = Result.from_path(folder.path, storage_filesystem=folder.arrow).checkpoint
+            else:
+                if not (folder / SNAPSHOT).exists():
+                    return None
+                mend_snapshot(folder)
+                checkpoint = Result.from_path(folder).checkpoint
         except Exception as error:  # Ray says anything from JSONDecodeError to its own ValueErrors
             raise RequestError(
                 f"resume: Ray {version('ray')} cannot read {folder / SNAPSHOT}: {error}; "
                 "start anew with another name, or with overwrite=true"
             ) from None
-        return Path(checkpoint.path) if checkpoint and (Path(checkpoint.path) / STREAM_FILE).exists() else None
+        if checkpoint is None:
+            return None
+        found = self._with_position(folder, Path(checkpoint.path))
+        return found if (found / STREAM_FILE).exists() else None
+
+    def _with_position(self, folder: Path | Remote, checkpoint: Path) -> Path:
+        """A local folder with what a checkpoint says of the stream."""
+        if not isinstance(folder, Remote):
+            return checkpoint
+        local = self.path / ".positions" / checkpoint.name
+        local.mkdir(parents=True, exist_ok=True)
+        content = (folder / checkpoint.name).read(STREAM_FILE)
+        if content is not None:
+            (local / STREAM_FILE).write_bytes(content)
+        return local
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Replace `result.json`; never half-written."""
@@ -97,26 +128,79 @@ class RunDir:
         """Forget what was written after the last checkpoint, which is trained anew; the checkpoint's step, or 0."""
         checkpoint = self.latest_checkpoint()
         step = StreamMeter.load(checkpoint)[1] if checkpoint else 0
+        self._clear_behind(step)
         for file in (self.metrics_file, self.manifest_file):
             if file.exists():
                 kept = [row for row in _read_rows(file) if row["step"] <= step]
                 file.write_text("".join(json.dumps(row) + "\n" for row in kept))
         return step
 
+    def _clear_behind(self, step: int) -> None:
+        """Delete checkpoints that were not written to the end: their files would be among those of a later one."""
+        folder = self.checkpoints
+        with suppress(OSError):
+            names = folder.names() if isinstance(folder, Remote) else {child.name for child in folder.iterdir()}
+            for name in names:
+                if (step_of(name) or 0) > step:
+                    _delete(folder / name)
+
+    def follow(self, say: Callable[[str], None]) -> None:
+        """Of a run directory at an address: copy what the driver writes, from now on.
+
+        Raises:
+            RequestError: it cannot be written any more.
+        """
+        if self.mirror is not None:
+            try:
+                self.mirror.start(say)
+            except OSError as error:
+                raise RequestError(f"output_dir: {error}") from None
+
+    def finish(self) -> None:
+        """Return when everything is in the run directory.
+
+        Raises:
+            JobError: its address refuses.
+        """
+        if self.mirror is not None:
+            self.mirror.finish()
+
     def settle(self) -> None:
         """The new run has begun to train: what it replaces is deleted for good."""
         if self.replaced is not None:
-            shutil.rmtree(self.replaced, ignore_errors=True)
+            _delete(self.replaced)
 
     def undo(self) -> None:
         """Leave no trace, if the directory is of our making; put back what it was to replace."""
-        if not self.existed:
+        if self.mirror is not None:
+            self.mirror.stop()
+            if not self.existed:
+                with suppress(OSError):
+                    self.mirror.remote.delete()
+                    if isinstance(self.replaced, Remote):
+                        self.replaced.move_to(self.mirror.remote)
+        elif not self.existed:
             shutil.rmtree(self.path, ignore_errors=True)
-            if self.replaced is not None and self.replaced.exists():
+            if isinstance(self.replaced, Path) and self.replaced.exists():
                 self.replaced.rename(self.path)
             with suppress(OSError):  # a folder that another job has begun to use stays
                 for folder in self.made[1:]:
                     folder.rmdir()
+
+
+def find_run(job: JobConfig) -> RunDir:
+    """The run directory as it is; of one at an address, the driver's files have been fetched.
+
+    Raises:
+        RequestError: the address cannot be read.
+    """
+    if job.output_folder is not None:
+        return RunDir(job.run_dir, job.run_dir.exists())
+    mirror = Mirror(Remote.at(job.run_place))
+    try:
+        return RunDir(mirror.folder, mirror.fetch(), mirror=mirror)
+    except OSError as error:
+        raise RequestError(f"output_dir: {error}") from None
 
 
 def check_run_dir(job: JobConfig) -> RunDir:
@@ -125,28 +209,40 @@ def check_run_dir(job: JobConfig) -> RunDir:
     Raises:
         RequestError: naming `resume`, `overwrite` or `output_dir` and what would be right.
     """
-    run = RunDir(job.run_dir, job.run_dir.exists())
     if job.resume and job.overwrite:
         raise RequestError("resume and overwrite exclude each other: one keeps what is there, the other deletes it")
-    _check_writable(job, run.path)
+    if job.output_folder is not None:
+        _check_writable(job, job.run_dir)
+    else:
+        Remote.at(job.output_dir).check("output_dir")
+    run = find_run(job)
+    is_used = run.existed and (run.mirror is not None or not run.path.is_dir() or any(run.path.iterdir()))
     if run.existed and not run.path.is_dir():
         raise RequestError(f"output_dir: {run.path} is a file; choose another name or output_dir")
     if job.resume:
         _check_resume(job, run)
-    elif run.existed and any(run.path.iterdir()) and not job.overwrite:
+    elif is_used and not job.overwrite:
         status = run.result().get("status")
         state = "a finished run" if status == "finished" else "an unfinished run"
         hint = "overwrite=true deletes it" if status == "finished" else "resume=true goes on, overwrite=true deletes it"
-        raise RequestError(f"output_dir: {run.path} holds {state} and is kept as it is; choose another name, or {hint}")
-    elif run.existed and job.overwrite and any(run.path.iterdir()) and not (run.path / "job.yaml").exists():
-        raise RequestError(f"overwrite: {run.path} is no run directory (it has no job.yaml) and will not be deleted")
+        raise RequestError(
+            f"output_dir: {run.place} holds {state} and is kept as it is; choose another name, or {hint}"
+        )
+    elif is_used and not (run.path / "job.yaml").exists():
+        raise RequestError(f"overwrite: {run.place} is no run directory (it has no job.yaml) and will not be deleted")
     return run
 
 
 def open_run_dir(job: JobConfig, run: RunDir) -> RunDir:
     """Make the directory ready: metrics are cut back to the checkpoint under `resume`; under `overwrite` the old run is
-    put aside, until `settle` deletes it or `undo` puts it back."""
-    if job.overwrite and run.existed:
+    put aside, until `settle` deletes it or `undo` puts it back.
+
+    Raises:
+        RequestError: the old run's address refuses that.
+    """
+    if run.mirror is not None and job.overwrite and run.existed:
+        run = _put_aside(run, run.mirror)
+    elif job.overwrite and run.existed:
         aside = run.path.with_name(f".{run.path.name}.replaced")
         shutil.rmtree(aside, ignore_errors=True)
         run.path.rename(aside)
@@ -159,6 +255,27 @@ def open_run_dir(job: JobConfig, run: RunDir) -> RunDir:
     stored = job.model_copy(update={"resume": False, "overwrite": False})
     (run.path / "job.yaml").write_text(dump_job(stored), encoding="utf-8")
     return run
+
+
+def _put_aside(run: RunDir, mirror: Mirror) -> RunDir:
+    """Of a run at an address; object storage copies each file for it."""
+    above, _, name = mirror.remote.address.rpartition("/")
+    aside = Remote(f"{above}/.{name}.replaced", mirror.remote.variables)
+    try:
+        aside.delete()
+        mirror.remote.move_to(aside)
+    except OSError as error:
+        raise RequestError(f"overwrite: {error}") from None
+    mirror.forget()
+    return replace(run, existed=False, replaced=aside)
+
+
+def _delete(place: Path | Remote) -> None:
+    if isinstance(place, Remote):
+        with suppress(OSError):
+            place.delete()
+    else:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def check_data(run: RunDir, fingerprints: dict[str, str]) -> None:
@@ -209,7 +326,9 @@ def _check_resume(job: JobConfig, run: RunDir) -> None:
     faults = []
     for key in ("model", "method", "data", "stage"):
         if getattr(before, key) != getattr(job, key):
-            faults.append(f"resume: {key} differs from the run's own ({run.path / 'job.yaml'}); it must stay as it was")
+            faults.append(
+                f"resume: {key} differs from the run's own ({run.place / 'job.yaml'}); it must stay as it was"
+            )
     keys = {key: key for key in ("seed", "precision", "deepspeed")}
     if before.train.global_batch_size is None or job.train.global_batch_size is None:
         keys |= {"batch_size": "batch_size", "gradient_accumulation": "accumulation"}
@@ -226,6 +345,6 @@ def _check_resume(job: JobConfig, run: RunDir) -> None:
     over_by_epochs = job.train.max_steps is None and meter.epochs_done >= job.train.epochs
     if over_by_steps or over_by_epochs:
         raise RequestError(
-            f"resume: the run in {run.path} is finished (step {step}), nothing is left to do; "
+            f"resume: the run in {run.place} is finished (step {step}), nothing is left to do; "
             "raise train.epochs or train.max_steps to go on"
         )

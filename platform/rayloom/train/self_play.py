@@ -93,6 +93,8 @@ def _check(job: JobConfig) -> None:
         RequestError: naming the key.
     """
     faults = []
+    if job.output_folder is None:
+        faults.append(f"output_dir: stage spin needs a folder for its rounds, and {job.output_dir} is an address")
     method = job.method
     if not isinstance(method, LoraConfig) or method.dora or method.changes_base or method.merged or method.adapters:
         faults.append(

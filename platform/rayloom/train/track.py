@@ -40,6 +40,8 @@ def check_trackers(job: JobConfig) -> None:
         for name in job.train.track
         if find_spec(PACKAGES[name]) is None
     ]
+    if "mlflow" in job.train.track and job.output_folder is None and not os.environ.get("MLFLOW_TRACKING_URI"):
+        faults.append("train.track: mlflow needs MLFLOW_TRACKING_URI where output_dir is an address")
     if faults:
         raise RequestError(*faults)
 
@@ -141,7 +143,7 @@ class WeightsAndBiases:
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "rayloom"),
             name=job.name,
-            id=hashlib.sha256(str(folder).encode()).hexdigest()[:16],
+            id=hashlib.sha256(job.run_place.encode()).hexdigest()[:16],
             resume="allow",
             dir=str(folder),
             config=job.model_dump(mode="json"),

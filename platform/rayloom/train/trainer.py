@@ -29,9 +29,10 @@ from rayloom.methods.optimizers.badam import BAdam
 from rayloom.methods.optimizers.build import Setting, library_class, lora_plus, make_optimizer
 from rayloom.methods.prompts import virtual_tokens
 from rayloom.methods.save import load_trained, save_trained
+from rayloom.remote import Remote
 from rayloom.train.batch import Batch, TrainedPositions, make_batch
 from rayloom.train.best import BestRule
-from rayloom.train.checkpoints import CheckpointWriter, checkpoint_name
+from rayloom.train.checkpoints import CheckpointWriter
 from rayloom.train.clock import StepClock
 from rayloom.train.config import TrainConfig
 from rayloom.train.evaluate import evaluate
@@ -72,7 +73,7 @@ class StreamTrainer(transformers.Trainer):
         eval_tables: Callable[[], list[pa.Table]] | None,
         set_names: Sequence[str],
         eval_names: Sequence[str],
-        checkpoints: Path,
+        checkpoints: Path | Remote,
         **kw: Any,
     ) -> None:
         super().__init__(**kw)
@@ -264,7 +265,7 @@ class StreamTrainer(transformers.Trainer):
         if best is None or best["step"] == self.state.global_step:
             return
         self._writer.wait()
-        folder = self._writer.folder / checkpoint_name(best["step"])
+        folder = self._writer.read(best["step"], Path(str(self.args.output_dir)) / "stored")
         if self.is_deepspeed_enabled:
             config: Any = self.args.deepspeed
             own = Path(str(self.args.output_dir)) / "best"

@@ -36,6 +36,7 @@ from rayloom.models.quantization import leave_out_of_broadcast
 from rayloom.models.tokenizer import TokenizerSource, load_tokenizer, pad_token
 from rayloom.models.value_head import attach_value_head
 from rayloom.models.vocabulary import added_token_ids
+from rayloom.remote import Remote
 from rayloom.stages.reference import ReferencePlace
 from rayloom.stages.step_loss import step_loss, token_loss
 from rayloom.train.deepspeed import deepspeed_config, engine_of, inference_config
@@ -108,6 +109,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
     if Path(config["folder"]).is_dir():  # Ray Train has gone elsewhere, and paths in the job file are the driver's
         os.chdir(config["folder"])
     job = JobConfig.model_validate(config["job"])
+    model_dir: Path | Remote = config["model_dir"]
     monitor, device, sets = config["monitor"], config["device"], len(config["sets"])
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
@@ -217,7 +219,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
             eval_tables=eval_tables,
             set_names=config["sets"],
             eval_names=config["eval_sets"],
-            checkpoints=Path(config["checkpoints"]),
+            checkpoints=config["checkpoints"],
             **more,
         )
         trainer.remove_callback(transformers.PrinterCallback)
@@ -229,9 +231,11 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
             evaluation = trainer.evaluate()
             trainer.load_best()
         if not trainer.stopped:
-            trainer.save_model(config["model_dir"])
+            saved = model_dir if isinstance(model_dir, Path) else scratch / "model"
+            trainer.save_model(str(saved))
             if rank == 0:
-                finish_saved(model, job.method, Path(config["model_dir"]), start)
+                finish_saved(model, job.method, saved, start, place=str(model_dir))
+                _upload(saved, model_dir)
         trainer.finish_saving()
     if rank != 0:
         return None
@@ -332,6 +336,15 @@ def _loss_function(job: JobConfig, model: Any, batches_per_step: int) -> Any:
     if job.stage.type in ("pretrain", "sft") and plain and (head := frozen_head(model)) is not None:
         return FrozenHeadLoss(head, of_token or cross_entropy)
     return of_token and step_loss(of_token, (job.model.moe_aux_loss or 0.0) / batches_per_step)
+
+
+def _upload(saved: Path, place: Path | Remote) -> None:
+    """Put a model that was saved here to its address, if it has one."""
+    if isinstance(place, Remote):
+        try:
+            place.upload(saved)
+        except OSError as error:
+            raise JobError(f"the trained model is not stored: {error}") from error
 
 
 def _weight_dtype(job: JobConfig, precision: Precision) -> torch.dtype:

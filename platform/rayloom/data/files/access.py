@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from rayloom.errors import RequestError
+from rayloom.remote import file_system, is_remote
 
 RETRIES = (0.5, 2.0)
 """Seconds to wait before each further try of a read that failed."""
@@ -42,26 +43,6 @@ class Source:
 
 class Changed(Exception):  # noqa: N818 - it is news of the file; `read_range` makes the message
     """The file is not the one that was located."""
-
-
-def is_remote(address: str) -> bool:
-    """Whether an address has a scheme, such as `s3://`."""
-    return "://" in address
-
-
-def file_system(address: str) -> tuple[Any, str]:
-    """The fsspec file system of a remote address, and the path in it.
-
-    Raises:
-        RequestError: an unknown scheme, or one whose package is not installed.
-    """
-    import fsspec
-
-    try:
-        # Listings go stale: with them a changed file would not be noticed.
-        return fsspec.core.url_to_fs(address, use_listings_cache=False)
-    except (ValueError, ImportError) as error:
-        raise RequestError(f"{address}: cannot be read here: {error}") from None
 
 
 def find_source(address: str, retries: tuple[float, ...] = RETRIES) -> Source:
