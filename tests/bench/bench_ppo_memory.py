@@ -71,6 +71,7 @@ def measure(side: str, rows: int, folder: Path) -> dict[str, float]:
     from rayloom.train.ppo_answers import last_positions, make_answer_batch, mask_of, spread
     from rayloom.train.ppo_loss import Totals, step_loss
 
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     import_all()
     before = resident()
@@ -98,10 +99,10 @@ def measure(side: str, rows: int, folder: Path) -> dict[str, float]:
     for numbers in parts:
         batch = make_answer_batch([answers[number] for number in numbers], 0)
         known = experience.known(torch.tensor(numbers))
-        for said in models["passes"](batch, known):
-            loss, _ = step_loss(said, known, stage, totals, max_tokens=ANSWER, kl_coefficient=0.0)
+        for said, of_pass in models["passes"](batch, known):
+            loss, _ = step_loss(said, of_pass, stage, totals, max_tokens=ANSWER, kl_coefficient=0.0)
             loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
             del said, loss
     optimizer.step()
     optimizer.zero_grad()
@@ -133,7 +134,7 @@ def shared(folder: Path) -> dict[str, Any]:
         "values": lambda batch: say(batch).values,
         "reference": reference,
         "trained": [parameter for parameter in model.parameters() if parameter.requires_grad],
-        "passes": lambda batch, known: iter([say(batch)]),
+        "passes": lambda batch, known: iter([(say(batch), known)]),
     }
 
 
@@ -155,11 +156,10 @@ def separate(folder: Path) -> dict[str, Any]:
     judge = OwnRewardModel(judging, TrainedPositions(judging), folder)
     say, value, before = (scores_of(model, TrainedPositions(model)) for model in (policy, critic, reference))
 
-    def passes(batch: Any, known: dict[str, Any]) -> Iterator[TokenScores]:
-        yield say(batch)
-        said = value(batch)
-        old = known["old_log_probs"]  # of the policy's loss nothing is left to learn from
-        yield TokenScores(old, torch.zeros_like(old), said.values)
+    def passes(batch: Any, known: dict[str, Any]) -> Iterator[tuple[TokenScores, dict[str, Any]]]:
+        yield say(batch), known
+        old, nothing = known["old_log_probs"], torch.zeros_like(known["advantages"])  # the policy's part is done
+        yield TokenScores(old, nothing, value(batch).values), {**known, "advantages": nothing}
 
     return {
         "reward": judge.score,
