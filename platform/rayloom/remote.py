@@ -160,7 +160,7 @@ class Remote:
                 files.rm(f"{path}/{name}".rstrip("/"), recursive=True)
 
     def move_to(self, other: Remote) -> None:
-        """Put all that is there to another place of the same storage. Until every file is there too, none is deleted."""
+        """Put all that is there to another place of the same storage. None is deleted until every file is there."""
         with self._telling("moved"):
             files, path = file_system(self.address)
             for name in files.find(path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.train import Checkpoint
 from tests.object_storage import BUCKET, storage_server
 from tests.unit.test_run_dir import make_job, snapshot
 
@@ -19,14 +21,17 @@ from rayloom.config.job import JobConfig
 from rayloom.config.read import dump_job, read_job
 from rayloom.data.plan import Position
 from rayloom.errors import JobError, RequestError
+from rayloom.jobs.entrypoint import lasting_arguments
+from rayloom.jobs.local_head import STOP_WAIT
 from rayloom.jobs.metadata import job_metadata
 from rayloom.k8s.attempt import attempt_override
 from rayloom.k8s.placed_job import place as placed
 from rayloom.remote import Remote
 from rayloom.stages.rules import check_stage
-from rayloom.train.checkpoints import SNAPSHOT
+from rayloom.train.checkpoints import SNAPSHOT, CheckpointWriter, checkpoint_name
 from rayloom.train.meter import StreamMeter
 from rayloom.train.mirror import Mirror
+from rayloom.train.ray_session import JOB_CONFIG
 from rayloom.train.run_dir import check_run_dir, open_run_dir
 from rayloom.train.track import check_trackers
 
@@ -248,6 +253,53 @@ def test_a_copy_that_fails_is_tried_again_and_told_once(tmp_path, monkeypatch):
     assert (folder / "metrics.jsonl").exists()  # it was named to the user
 
 
+def test_checkpoints_as_ray_train_keeps_them(output, tmp_path):
+    """Written by two workers, listed and deleted by the controller, read back by a worker."""
+    from ray.train import CheckpointConfig
+    from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
+    from ray.train.v2._internal.execution.storage import StorageContext
+    from ray.train.v2._internal.execution.training_report import _TrainingReport
+
+    place = Remote.at(f"{output}/run")
+    context = StorageContext(place.path, "checkpoints", storage_filesystem=place.arrow)
+    manager = CheckpointManager(CheckpointConfig(num_to_keep=1), context)
+    writer = CheckpointWriter(place / "checkpoints", pytest.fail)
+    for step in (4, 8):
+        for rank in ("0", "1"):
+            folder = tmp_path / f"{step}-{rank}"
+            (folder / "deep").mkdir(parents=True)
+            (folder / "deep" / rank).write_text(f"{step} {rank}")
+            stored = writer._upload(Checkpoint.from_directory(folder), checkpoint_name(step))
+        report = _TrainingReport(metrics={"step": step}, checkpoint=stored, validation=False)
+
+        async def register(report: Any = report) -> None:  # the controller is asynchronous
+            manager.register_checkpoint(report)
+
+        asyncio.run(register())
+    assert (place / "checkpoints").names() >= {"step-00000008", SNAPSHOT}
+    assert "step-00000004" not in (place / "checkpoints").names()
+    read = CheckpointManager(CheckpointConfig(num_to_keep=1), context).latest_checkpoint_result
+    with read.checkpoint.as_directory() as folder:
+        found = {file.name: file.read_text() for file in Path(folder).rglob("*") if file.is_file()}
+    assert found == {"0": "8 0", "1": "8 1"}
+    local = writer.read(8, tmp_path / "scratch")
+    assert sorted(file.name for file in (local / "deep").iterdir()) == ["0", "1"]
+
+
+def test_an_upload_that_is_refused(server, tmp_path):
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local/weights").write_bytes(b"1")
+    told: list[str] = []
+    writer = CheckpointWriter(Remote.at("s3://gone/runs/run/checkpoints"), told.append)
+    with pytest.raises(OSError, match="gone"):
+        writer._upload(Checkpoint.from_directory(tmp_path / "local"), checkpoint_name(8))
+    (text,) = told
+    assert text.startswith(
+        "the checkpoint step-00000008 is not complete: s3://gone/runs/run/checkpoints/step-00000008 "
+    )
+    assert "bucket" in text
+
+
 # --- elsewhere ------------------------------------------------------------------------------------------------------
 
 
@@ -257,3 +309,7 @@ def test_an_address_is_no_path(tmp_path):
     assert job_metadata(job)["run_dir"] == "s3://b/runs/run"
     on_pods: Any = placed(job, root="/app", storage="/storage", gpus=False)
     assert on_pods.output_dir == "s3://b/runs/"
+    file = tmp_path / "job.yaml"
+    file.write_text(dump_job(job), encoding="utf-8")
+    environment = {JOB_CONFIG: json.dumps({"runtime_env": {"working_dir": "gcs://x.zip"}}), **STOP_WAIT}
+    assert lasting_arguments([str(file)], environment) == ([str(file)], [])
