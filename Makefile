@@ -48,8 +48,9 @@ bench: setup ## measure training speed on this machine
 bench-memory: setup ## measure the memory of each memory-saving technique (needs bitsandbytes for two rows)
 	$(RUN) .venv/bin/python tests/bench/bench_memory.py
 
-bench-ppo: setup ## measure engines against generation in the trainer (four minutes)
+bench-ppo: setup ## measure engines against generation in the trainer, and one base against four models (six minutes)
 	$(RUN) .venv/bin/python tests/bench/bench_ppo.py
+	$(RUN) .venv/bin/python tests/bench/bench_ppo_memory.py
 
 bench-preference: setup ## measure preference training against TRL's DPOTrainer (eight minutes)
 	$(RUN) .venv/bin/python tests/bench/bench_preference.py

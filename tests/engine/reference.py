@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
+from rayloom.rollout.adapter_folders import pack
 from rayloom.rollout.digest import digest_of
 from rayloom.rollout.request import Probe, Prompt, Weights, probe_prompt
 
@@ -59,8 +60,8 @@ def full_weights(model: Any, version: int) -> tuple[Weights, dict[str, torch.Ten
 
 
 def referring(weights: Weights, tensors: dict[str, torch.Tensor]) -> Weights:
-    """The same with its tensors in Ray's object store."""
-    return replace(weights, tensors=ray.put(tensors))
+    """Those of an adapter with its file in Ray's object store."""
+    return replace(weights, tensors=ray.put(pack(tensors)))
 
 
 def prompts(count: int, samples: int = 1) -> list[Prompt]:
@@ -93,7 +94,14 @@ def log_probs(
     return tuple(logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None])[:, 0].tolist())
 
 
+@torch.no_grad()
+def next_log_probs(model: Any, token_ids: Sequence[int]) -> torch.Tensor:
+    """(vocab,) of what comes behind a text."""
+    found: torch.Tensor = model(torch.tensor([list(token_ids)])).logits[0, -1].double().log_softmax(-1)
+    return found
+
+
 def agrees(model: Any, probe: Probe) -> bool:
     """What a trainer asks after each sync: does the engine compute with my weights?"""
-    expected = log_probs(model, PROBE, probe.token_ids)
+    expected = next_log_probs(model, PROBE)[list(probe.token_ids)].tolist()
     return all(abs(one - other) < TOLERANCE for one, other in zip(expected, probe.log_probs, strict=True))

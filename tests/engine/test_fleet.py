@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.engine.reference import PROBE, adapted, adapter_weights, agrees, prompts, referring
+from tests.engine.reference import PROBE, adapted, adapter_weights, agrees, next_log_probs, prompts, referring
 
 from rayloom.errors import JobError, RequestError
 from rayloom.rollout.config import RolloutConfig
 from rayloom.rollout.fleet import FleetClient, start_fleet
 from rayloom.rollout.request import EngineOptions, Rollout, Sampling, Weights
+from rayloom.train.policy_sync import PolicySync
 
 CONFIG = RolloutConfig(
     engines=2, kv_cache_gib=0.25, generate_timeout=15, sync_timeout=60, start_timeout=200, max_restarts=4
@@ -95,15 +96,32 @@ def test_weights_that_are_not_what_was_said_stop_the_job(tiny_model: Path, fleet
     _sync(fleet, tiny_model, next(numbers))  # the engines are still there
 
 
+def test_the_trainer_compares_what_it_and_every_engine_compute(
+    tiny_model: Path, fleet: FleetClient, numbers: Any
+) -> None:
+    sync = PolicySync(fleet, "fp32", is_first_rank=True)
+    first, second = next(numbers), next(numbers)
+    policies = {version: adapted(tiny_model, version) for version in (first, second)}
+    sync.serve(first, policies[first])
+    sync.compare(lambda ids: next_log_probs(policies[first], ids).float())
+    assert 0 < sync.difference < 1e-3
+    sync.serve(second, policies[second])
+    said = rf"engine 0 does not compute what the trainer computes: with the weights of version {second} the log-prob"
+    with pytest.raises(JobError, match=said):
+        sync.compare(lambda ids: next_log_probs(policies[first], ids).float())
+
+
 def test_an_engine_that_is_killed_comes_back_with_the_weights(
     tiny_model: Path, fleet: FleetClient, numbers: Any
 ) -> None:
     version, *rounds = (next(numbers) for _ in range(4))
     _sync(fleet, tiny_model, version)
-    asked = prompts(48)
+    asked = prompts(48, samples=4)
+    began = time.monotonic()
     undisturbed = fleet.generate(rounds[0], 0, 1, asked, LONG)
+    whole = time.monotonic() - began
     pending = fleet.ask(rounds[1], 0, 1, asked, LONG)
-    time.sleep(0.5)
+    time.sleep(whole / 3)
     os.kill(fleet.processes()[1], signal.SIGKILL)
     disturbed = pending.collect()
     assert _texts(disturbed) == _texts(undisturbed)

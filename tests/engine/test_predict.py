@@ -21,8 +21,13 @@ def test_predict_writes_what_transformers_answers_and_goes_on_where_it_was(tiny_
     adapter = tmp_path / "adapter"
     model = reference.adapted(tiny_model, 1)
     model.save_pretrained(adapter)
+    job = tmp_path / "job.yaml"  # in bf16, a near tie of two tokens may fall either way
+    job.write_text(
+        f"name: tiny\nmodel: {{path: {tiny_model}}}\ndata: {{train: [{prompts}]}}\nstage: {{type: ppo}}\n"
+        "rewards: {sources: [{type: unfinished}]}\nrollout: {precision: fp32}\n"
+    )
     command = [
-        sys.executable, "-m", "rayloom", "predict", str(tiny_model), "--prompts", str(prompts), "--output", str(output),
+        sys.executable, "-m", "rayloom", "predict", str(job), "--prompts", str(prompts), "--output", str(output),
         "--adapter", str(adapter), "--max-tokens", "6",
     ]  # fmt: skip
 

@@ -32,8 +32,8 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     ids=["one", "zero3"],
 )
 def test_the_best_is_kept(train: dict[str, Any], tiny_model: Path, sets: list[dict[str, Any]], tmp_path: Path) -> None:
-    """A rate that makes the model worse and worse: the first evaluation is the best, and three more end it."""
-    part = {"learning_rate": 1.0, "scheduler": "constant", "warmup": 0.0, "max_steps": 40, "save_steps": 3}
+    """A rate with which the loss soon gets no better: three evaluations after the best end the job."""
+    part = {"learning_rate": 0.1, "scheduler": "constant", "warmup": 0.0, "max_steps": 40, "save_steps": 3}
     part |= {"eval_steps": 2, "best_metric": "eval_loss", "early_stopping": 3, "keep_checkpoints": 2, **train}
     config = job(tiny_model, tmp_path, sets, data={"held_out": 0.2}, train=part)
     result, rows = run(config)

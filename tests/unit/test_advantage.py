@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import reduce
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from rayloom.losses.advantage import (
     whiten,
 )
 from rayloom.losses.kl_control import KlControl
+from rayloom.losses.moments import Moments
 
 LENGTHS = [4, 1, 6, 3, 0, 6]
 WIDTH = 6
@@ -99,14 +101,24 @@ def test_leave_one_out_compares_with_the_others() -> None:
 
 def test_whitening_is_over_all_ranks_tokens() -> None:
     parts = [(REWARDS[:2], MASK[:2]), (REWARDS[2:], MASK[2:])]
-    moments = sum(moments_of(*part) for part in parts)
-    assert isinstance(moments, torch.Tensor)
+    moments = reduce(Moments.merged, (moments_of(*part) for part in parts))
     found = torch.cat([whiten(*part, moments) for part in parts])
     tokens = REWARDS[MASK]
     expected = (tokens - tokens.mean()) / tokens.std(unbiased=False)
     torch.testing.assert_close(found[MASK], expected, rtol=1e-6, atol=1e-6)
     assert (found[~MASK] == 0).all()
     assert float(found[MASK].mean()) == pytest.approx(0, abs=1e-9)
+
+
+def test_whitening_keeps_the_digits_of_numbers_far_from_zero() -> None:
+    """A deviation of 1 about 1e8: in sums of squares it is below the last digit of float64."""
+    near = torch.tensor([[-1.5, -0.5, 0.5, 1.5], [2.0, -2.0, 1.0, -1.0]], dtype=torch.float64)
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    expected = near / near.std(unbiased=False)
+    far = near + 1e8
+    moments = reduce(Moments.merged, (moments_of(far[row : row + 1], mask[:1]) for row in range(2)))
+    torch.testing.assert_close(whiten(far, mask, moments), expected, rtol=1e-6, atol=1e-6)
+    assert moments.merged(moments_of(far, ~mask)) == moments  # a rank without answers
 
 
 def test_the_coefficient_follows_its_target() -> None:

@@ -37,7 +37,7 @@ def scored(seed: int = 0) -> Scored:
 
 
 def experience(**stage: Any) -> Experience:
-    return make_experience(answers(), scored(), [1.0, 0.0, 0.5, 2.0], PpoConfig(**stage), 0.1, "cpu")
+    return make_experience(answers(), scored(), [1.0, 0.0, 0.5, 2.0], PpoConfig(**stage), 0.1)
 
 
 def test_batches_predict_the_answers_tokens() -> None:

@@ -91,3 +91,25 @@ def test_a_whole_model_has_the_same_loss_and_gradients(monkeypatch):
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-6)
     for name, gradient in found[0][1].items():
         torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("lengths", [[[5, 3, 8], [16]], [[7, 2], [1, 1, 12]], None])
+def test_in_bf16_they_are_nearly_those_with_the_mask(lengths, monkeypatch):
+    """Computed by blocks; without a mask every row is one example."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    torch.manual_seed(0)
+    mask = None if lengths is None else _packed(lengths, 16)
+    real = torch.ones(2, 16, dtype=torch.bool) if mask is None else mask[:, 0].diagonal(dim1=1, dim2=2)
+    inputs = [torch.randn(2, heads, 16, 8) for heads in (6, 2, 2)]
+    results = []
+    for attend, dtype in ((sdpa_attention_forward, torch.float64), (packed_attention, torch.bfloat16)):
+        if attend is packed_attention:
+            monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+        given = [one.bfloat16().to(dtype).requires_grad_() for one in inputs]
+        out, _ = attend(_Module(3), *given, mask, scaling=0.3, dropout=0.0)
+        out = out[real]
+        (out * torch.arange(out.numel()).double().sin().bfloat16().to(dtype).reshape(out.shape)).sum().backward()
+        results.append([out, *(one.grad for one in given)])
+    for exact, ours in zip(*results, strict=True):
+        assert (ours.double() - exact).norm() <= 0.02 * exact.norm()

@@ -54,10 +54,13 @@ def test_gradients_of_the_losses() -> None:
         assert torch.autograd.gradcheck(loss, (new,))
 
 
-def test_what_is_clipped_has_no_gradient() -> None:
+@pytest.mark.parametrize("dual", [None, 1.5])
+def test_what_is_clipped_has_no_gradient(dual: float | None) -> None:
     new = NEW.clone().requires_grad_()
-    clipped_policy_loss(new, OLD, ADVANTAGES, clip=0.2, clip_high=0.4).sum().backward()
-    share = clipped_share(NEW, OLD, ADVANTAGES, clip=0.2, clip_high=0.4)
+    clipped_policy_loss(new, OLD, ADVANTAGES, clip=0.2, clip_high=0.4, dual_clip=dual).sum().backward()
+    share = clipped_share(NEW, OLD, ADVANTAGES, clip=0.2, clip_high=0.4, dual_clip=dual)
+    far = (NEW - OLD).exp() > 1.5
+    assert bool(share[far & (ADVANTAGES < 0)].any()) == (dual is not None)
     assert 0 < share.sum() < TOKENS
     assert torch.equal(new.grad == 0, share == 1)
 

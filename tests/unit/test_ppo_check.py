@@ -8,13 +8,13 @@ from typing import Any
 
 import peft
 import pytest
-from tests.unit.test_ppo_rules import job
+from tests.unit.test_ppo_rules import FUNCTION, job
 from transformers import AutoModelForCausalLM
 
 from rayloom.config.job import JobConfig
 from rayloom.errors import RequestError
 from rayloom.models.value_head import save_value_head, value_head_for
-from rayloom.train.ppo_check import check_lengths_and_heads, check_reward_models
+from rayloom.train.ppo_check import check_lengths_and_heads, check_reward_functions, check_reward_models
 
 
 @pytest.fixture
@@ -40,6 +40,12 @@ def test_a_reward_adapter_of_another_base(tiny_model: Path, reward_folder: Path)
     file.write_text(json.dumps({**config, "base_model_name_or_path": "another/model"}))
     with pytest.raises(RequestError, match=r"rewards.sources\[0\].path: .* was trained on another/model"):
         check_reward_models(with_reward(tiny_model, "adapter", reward_folder))
+
+
+def test_a_reward_function_that_is_not_there() -> None:
+    check_reward_functions(job())
+    with pytest.raises(RequestError, match=r"rewards.sources\[0\].path: .*it has no function 'wrong'; it has .*right"):
+        check_reward_functions(job(rewards={"sources": [{"type": "function", "path": f"{FUNCTION}:wrong"}]}))
 
 
 @pytest.mark.parametrize("kind", ["adapter", "model"])

@@ -11,6 +11,7 @@ from rayloom.config.document import Document
 from rayloom.config.job import JobConfig
 from rayloom.config.read import validate_job
 from rayloom.errors import RequestError
+from rayloom.stages.rules import check_stage
 from rayloom.train.ppo_rules import check_ppo, steps_per_round, stream_rows
 
 FUNCTION = Path(__file__).resolve().parents[2] / "jobs" / "ppo" / "sums.py"
@@ -62,13 +63,10 @@ def test_steps_of_a_round() -> None:
         ({"method": {"init": "pissa"}}, "method.init: pissa changes the base"),
         ({"method": {"extra_modules": ["lm_head"]}}, "method.extra_modules: the engines serve adapters only"),
         ({"method": {"adapters": ["a", "b"]}, "stage": {"reference": "copy"}}, "method.adapters: merged adapters"),
-        ({"method": {"adapters": ["a"]}}, "stage.reference: adapter_off would compare with the model as it was before"),
-        ({"method": {"type": "full"}}, "stage.reference: adapter_off: with method.type full there is no adapter"),
         ({"model": {"quantization": "nf4"}}, "model.quantization: the engines load the model as it is"),
         ({"rollout": {"tensor_parallel": 2}, "train": {"device": "cpu"}}, "rollout.tensor_parallel: 2 is for GPUs"),
         ({"optimizer": {"type": "muon"}, "stage": {"value_learning_rate": 1e-3}}, "stage.value_learning_rate: opt"),
         ({"rewards": source(type="function", path="no.py:score")}, r"rewards.sources\[0\].path: no such file"),
-        ({"rewards": source(type="function", path=f"{FUNCTION}:wrong")}, "it has no function 'wrong'"),
         ({"rewards": source(type="format", pattern="(")}, r"rewards.sources\[0\].pattern: '\(' is no regular"),
         ({"rewards": source(type="length", free=9, longest=9)}, r"longest: 9 must be above free \(9\)"),
         (
@@ -93,6 +91,35 @@ def test_what_is_refused(parts: dict[str, Any], message: str) -> None:
         config = job(**parts)
     with pytest.raises(RequestError, match=message):
         check_ppo(config)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (
+            {"method": {"adapters": ["a"]}},
+            "adapter_off: stage ppo would compare with the model as it was before",
+        ),
+        (
+            {"method": {"type": "full"}},
+            "adapter_off: stage ppo compares with the model with its adapter off, and there is none; say stage.refer",
+        ),
+        (
+            {"stage": {"reference": "copy"}, "train": {"deepspeed": "zero3"}},
+            "stage.reference: copy: zero3 would not shard the copy; use zero2, or adapter_off",
+        ),
+    ],
+)
+def test_references_that_cannot_be(parts: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        check_stage(job(**parts))
+
+
+def test_references_that_can_be() -> None:
+    check_stage(job())
+    check_stage(job(method={"adapters": ["a"], "new_adapter": True}))
+    check_stage(job(method={"type": "full"}, stage={"reference": "copy"}))
+    check_stage(job(method={"type": "full"}, stage={"kl": {"coefficient": 0.0}}))
 
 
 @pytest.mark.parametrize(

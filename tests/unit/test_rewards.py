@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from rayloom.errors import JobError, RequestError
+from rayloom.losses.moments import Moments
+from rayloom.rollout.rewards import function as function_module
 from rayloom.rollout.rewards.combine import RewardSum
 from rayloom.rollout.rewards.config import FormatReward, FunctionReward, HttpReward, LengthReward, RewardsConfig
 from rayloom.rollout.rewards.function import FunctionScore, check_function
 from rayloom.rollout.rewards.http import HttpScore
-from rayloom.rollout.rewards.moments import Moments
 from rayloom.rollout.rewards.rules import FormatMatch, LengthPenalty, Unfinished
 from rayloom.rollout.rewards.source import Answered
 
@@ -39,6 +43,15 @@ def test_long_answers_cost(tokens: int, expected: float) -> None:
 def test_the_whole_answer_must_match() -> None:
     rule = FormatMatch(FormatReward(type="format", pattern=r"<a>.*</a>"))
     assert rule.score(answered("<a>1\n2</a>", "x<a>1</a>", "<a>1</a> ", "")) == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_a_pattern_that_goes_astray_is_given_up() -> None:
+    rule = FormatMatch(FormatReward(type="format", pattern="(a|aa)+", timeout=0.2))
+    assert rule.score(answered("aaa")) == [1.0]
+    began = time.monotonic()
+    with pytest.raises(JobError, match=r"the trainer waited 0.2 s for the reward format, whether 'aaa.* '\(a\|aa\)\+'"):
+        rule.score(answered("a" * 60 + "b"))
+    assert time.monotonic() - began < 20
 
 
 def test_answers_that_were_cut_off() -> None:
@@ -77,7 +90,12 @@ def test_a_function_gets_texts_and_gives_numbers(tmp_path: Path) -> None:
         ("return [1.0, float('inf')]", "gave inf for the answer 'b' to 'prompt 1'"),
         ("return ['good', 'bad']", "must give a list of 2 numbers"),
         ("raise KeyError('gold')", "KeyError: 'gold'"),
-        ("return None", "must give a list of 2 numbers"),
+        ("return None", "must give a list of 2 numbers, not None"),
+        ("return {1.0: 'a', 2.0: 'b'}", "must give a list of 2 numbers, not {1.0: 'a', 2.0: 'b'}"),
+        ("return {1.0, 2.0}", "must give a list of 2 numbers, not {1.0, 2.0}"),
+        ("return (1 / 0 for _ in answers)", r"raised: .*mine.py:2: ZeroDivisionError"),
+        ("return ('good' for _ in answers)", r"must give a list of 2 numbers, not \['good', 'good'\]"),
+        ("return (1.0 for _ in answers[1:])", "gave 1 numbers for 2 answers"),
         ("import os; os._exit(7)", "ended its process"),
     ],
 )
@@ -85,6 +103,29 @@ def test_what_a_function_does_wrong(tmp_path: Path, body: str, message: str) -> 
     text = f"def score(prompts, answers, references):\n    {body}\n"
     with function(tmp_path, text) as score, pytest.raises(JobError, match=message):
         score.score(answered("a", "b"))
+
+
+def test_a_generator_of_numbers_is_as_good(tmp_path: Path) -> None:
+    with function(tmp_path, "def score(p, answers, r):\n    yield from map(len, answers)\n") as score:
+        assert score.score(answered("a", "bcd")) == [1.0, 3.0]
+
+
+def test_a_function_imports_what_lies_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "marks_of_mine.py").write_text("BEST = 7.0\n")
+    text = "import marks_of_mine\ndef score(p, answers, r):\n    return [marks_of_mine.BEST for _ in answers]\n"
+    with function(tmp_path, text) as score:
+        assert score.score(answered("a")) == [7.0]
+    check_function(FunctionReward(type="function", path=f"{tmp_path}/mine.py:score"), "k")
+    assert "marks_of_mine" not in sys.modules
+
+
+def test_a_file_that_takes_too_long_to_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(function_module, "_LOAD_SECONDS", 3.0)
+    (tmp_path / "mine.py").write_text("import time\ntime.sleep(600)\n")
+    began = time.monotonic()
+    with pytest.raises(RequestError, match=r"k: the trainer waited 3 s for .*mine.py:score \(to be loaded\)"):
+        check_function(FunctionReward(type="function", path=f"{tmp_path}/mine.py:score"), "k")
+    assert time.monotonic() - began < 60
 
 
 def test_a_function_that_holds_pythons_lock_is_ended(tmp_path: Path) -> None:
@@ -107,12 +148,23 @@ def test_a_function_that_holds_pythons_lock_is_ended(tmp_path: Path) -> None:
         ("{}/mine.py:score", "import nothing_of_this_name\n", r"k: .*mine.py:1: ModuleNotFoundError: No module"),
         ("{}/mine.py:score", "raise SystemExit(0)\n", r"k: .*mine.py:1: SystemExit: 0"),
         ("{}/mine.py:score", "def score(:\n", r"k: .*SyntaxError"),
+        ("{}/mine.py:score", "import os; os._exit(3)\n", r"k: .*ended its process \(to be loaded\); exit code 3"),
+        (
+            "{}/mine.py:score",
+            "def score(prompts, answers): pass\n",
+            r"k: .*mine.py: score\(prompts, answers\) must take three arguments, .*: too many positional",
+        ),
+        (
+            "{}/mine.py:score",
+            "def score(a, b, c, d): pass\n",
+            r"score\(a, b, c, d\) must take three arguments, .*: missing a required argument: 'd'",
+        ),
     ],
 )
 def test_functions_that_cannot_be_loaded(tmp_path: Path, path: str, text: str, message: str) -> None:
     (tmp_path / "mine.py").write_text(text)
     with pytest.raises(RequestError, match=message):
-        check_function(path.format(tmp_path), "k")
+        check_function(FunctionReward(type="function", path=path.format(tmp_path)), "k")
 
 
 # --- a server ---------------------------------------------------------------------------------------------------------
@@ -197,6 +249,53 @@ def test_a_server_that_is_down_or_silent() -> None:
         http(url, timeout=0.2).score(answered("a"))
 
 
+def test_the_limit_is_for_the_whole_request() -> None:
+    """A server that sends a byte now and then is never silent, and never done."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def drip() -> None:
+            with suppress(OSError):
+                connection, _ = listening.accept()
+                with connection:
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+                    for _ in range(200):
+                        connection.sendall(b" ")
+                        time.sleep(0.1)
+
+        thread = threading.Thread(target=drip, daemon=True)
+        thread.start()
+        began = time.monotonic()
+        with pytest.raises(JobError, match=r"1 times .*no answer within 0.5 s"):
+            http(f"http://127.0.0.1:{listening.getsockname()[1]}/", timeout=0.5).score(answered("a"))
+        assert time.monotonic() - began < 10
+    thread.join(timeout=5)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://host/a b", r"' ' cannot stand in an address"),
+        ("http://hôst/score", r"'ô' cannot stand in an address; write it percent-encoded, a host in ASCII"),
+        ("http://host/score\n", r"cannot stand in an address"),
+        ("http://host:/score", r"'http://host:/score' is no address: behind the colon of the host there is no port"),
+        ("http://host:0/score", r"there is no port"),
+        ("http://host:port/score", r"'http://host:port/score' is no address: Port could not be cast"),
+        ("http://host:99999/score", r"is no address: Port out of range"),
+        ("http://:80/score", r"it names no host"),
+        ("http://[::1/score", r"is no address: Invalid IPv6"),
+        ("ftp://host/score", r"pattern"),
+    ],
+)
+def test_addresses_that_are_none(url: str, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        HttpReward(type="http", url=url)
+
+
+@pytest.mark.parametrize("url", ["http://host", "https://a.b:8443/x?y=%20z", "http://[::1]:80/", "http://10.0.0.1:1"])
+def test_addresses(url: str) -> None:
+    assert HttpReward(type="http", url=url).url == url
+
+
 # --- the sum ----------------------------------------------------------------------------------------------------------
 
 
@@ -231,5 +330,8 @@ def test_moments_merge_to_those_of_all_numbers() -> None:
     for cut in range(len(numbers) + 1):
         merged = Moments.of(numbers[:cut]).merged(Moments.of(numbers[cut:]))
         assert merged.as_dict() == pytest.approx(whole.as_dict())
+    far = [number + 1e9 for number in numbers]
+    halves = Moments.of(far[:3]).merged(Moments.of(far[3:]))
+    assert halves.deviation == pytest.approx(whole.deviation, rel=1e-6)
     mean = sum(numbers) / len(numbers)
     assert whole.deviation == pytest.approx((sum((n - mean) ** 2 for n in numbers) / len(numbers)) ** 0.5)

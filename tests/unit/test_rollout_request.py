@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
+from rayloom.rollout.adapter_folders import pack, stored_tensors
+from rayloom.rollout.config import RolloutConfig
 from rayloom.rollout.digest import Digest, digest_of
-from rayloom.rollout.request import BLOCK, Probe, Weights, difference, probe_prompt
+from rayloom.rollout.members import Members
+from rayloom.rollout.request import BLOCK, EngineOptions, Probe, Weights, difference, probe_prompt
 
 TENSORS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.ones(3, dtype=torch.bfloat16)}
 WEIGHTS = Weights(4, "adapter", None, 2, digest_of(TENSORS), {})
@@ -52,8 +57,42 @@ def test_the_difference_names_engine_and_what_differs() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("token_ids", "log_probs", "most"),
+    [
+        ((5, 6, 7), (-0.5, -1.0, -2.0), None),
+        ((6, 5, 7), (-0.5, -0.5, -2.0), 0.5),  # one token's says otherwise
+        ((5, 6, 8), (-0.5, -1.0, -2.0004), None),  # a near tie at the end of the list
+        ((5, 6, 8), (-0.5, -1.0, -1.4), 0.6),  # no tie: the other one has it below -2
+        ((9, 6, 7), (-0.5, -1.0, -2.0), 1.5),
+    ],
+)
+def test_two_engines_must_say_the_same_of_a_probe(
+    token_ids: tuple[int, ...], log_probs: tuple[float, ...], most: float | None
+) -> None:
+    members = Members(RolloutConfig(), EngineOptions("m", "fp32", 64), (1,))
+    accepted = replace(PROBE, engine=0, token_ids=(5, 6, 7), log_probs=(-0.5, -1.0, -2.0))
+    said = members._deviation(replace(PROBE, token_ids=token_ids, log_probs=log_probs), accepted)
+    if most is None:
+        assert said is None
+    else:
+        assert said == (f"engine 1 answers the probe otherwise than engine 0: log-probabilities differ by {most:.4f}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_adapters_file_is_what_safetensors_reads(tmp_path: Path, dtype: torch.dtype) -> None:
+    wide = torch.arange(60.0, dtype=dtype).reshape(6, 10)
+    tensors = {"b": wide[:, :3], "an odd name with ä": wide[0, 0], "a": torch.ones(3, dtype=dtype)}
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(pack(tensors))
+    found = stored_tensors(str(tmp_path))
+    assert digest_of(found) == digest_of(tensors)
+    with safe_open(file, framework="pt") as opened:
+        assert set(opened.keys()) == set(tensors)
+
+
 @pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 100])
 def test_a_probes_prompt_fills_a_block_of_the_cache(length: int) -> None:
     prompt = probe_prompt(tuple(range(length)))
-    assert len(prompt) > BLOCK
-    assert prompt[:length] == tuple(range(length))
+    assert len(prompt) == BLOCK + 1
+    assert prompt[:length] == tuple(range(length))[: BLOCK + 1]

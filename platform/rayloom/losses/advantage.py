@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import torch
 
+from rayloom.losses.moments import Moments
+
 _EPSILON = 1e-4
 """Added to deviations, as in DeepSeek's and TRL's GRPO."""
 
@@ -86,19 +88,19 @@ def leave_one_out(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     return torch.where(others > 0, rewards - (sums[index] - rewards) / others.clamp(min=1), 0.0)
 
 
-def moments_of(table: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(3,) float64: how many, their sum, and the sum of their squares. Ranks add theirs up."""
+def moments_of(table: torch.Tensor, mask: torch.Tensor) -> Moments:
+    """Of what the mask chooses; ranks merge theirs."""
     values = table[mask].double()
-    return torch.stack([torch.tensor(float(len(values)), dtype=torch.float64), values.sum(), values.square().sum()])
+    if not len(values):
+        return Moments()
+    mean = values.mean()
+    return Moments(float(len(values)), float(mean), float((values - mean).square().sum()))
 
 
-def whiten(table: torch.Tensor, mask: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+def whiten(table: torch.Tensor, mask: torch.Tensor, moments: Moments) -> torch.Tensor:
     """The table with mean 0 and deviation 1, 0 outside of the mask.
 
     Args:
-        moments: `moments_of` all ranks' tables.
+        moments: of all ranks' tables.
     """
-    count, total, squares = moments.tolist()
-    mean = total / max(1.0, count)
-    variance = max(0.0, squares / max(1.0, count) - mean**2)
-    return (table - mean) / (variance**0.5 + 1e-8) * mask
+    return ((table.double() - moments.mean) / (moments.deviation + 1e-8) * mask).to(table.dtype)

@@ -50,11 +50,14 @@ def clipped_share(
     *,
     clip: float,
     clip_high: float | None = None,
+    dual_clip: float | None = None,
 ) -> torch.Tensor:
-    """(tokens,) 1 where the clip has taken the gradient away, else 0."""
+    """(tokens,) 1 where a clip of `clipped_policy_loss` has taken the gradient away, else 0."""
     ratio = (log_probs - old_log_probs).detach().exp()
     above = (advantages > 0) & (ratio > 1 + (clip if clip_high is None else clip_high))
     below = (advantages < 0) & (ratio < 1 - clip)
+    if dual_clip is not None:
+        below |= (advantages < 0) & (ratio > dual_clip)
     return (above | below).to(log_probs.dtype)
 
 

@@ -18,6 +18,7 @@ from rayloom.models.checkpoint import Differences, check_differences, compare, t
 from rayloom.models.config import ModelConfig
 from rayloom.models.experts import mark_expert_blocks, use_router_loss
 from rayloom.models.kernels import apply_liger, load_unsloth
+from rayloom.models.lean_layers import use_lean_layers
 from rayloom.models.packed_attention import use_packed_attention
 from rayloom.models.parts import freeze_parts
 from rayloom.models.quantization import Quantized, loading_options, quantized_as, settle
@@ -70,6 +71,8 @@ def load_causal_lm(
         mark_expert_blocks(loaded)
     if model.kernels == "liger":
         apply_liger(loaded)
+    elif model.kernels == "none":
+        use_lean_layers(loaded)
     if model.shifted_attention and cutoff:
         use_shifted_attention(loaded, group_size(cutoff))
     elif model.attention == "auto":

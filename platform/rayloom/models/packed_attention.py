@@ -3,7 +3,8 @@
 PyTorch's CPU attention with a mask computes every pair of a row's tokens and throws most of them away: of a row with
 five examples of one length nine tenths. Without a mask, example by example, that work is not done. What each query may
 see is still told by the model's own mask. It is read once a batch; where it says anything else than "causal within each
-example" (a sliding window, say), the usual function computes with it.
+example" (a sliding window, say), the usual function computes with it. In bf16 each example is computed by
+`rayloom.models.block_attention`, also where a batch needs no mask.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import weakref
 from typing import Any
 
 import torch
+
+from rayloom.models.block_attention import causal_attention
 
 NAME = "packed_sdpa"
 Sizes = list[tuple[int, bool]]
@@ -54,30 +57,41 @@ def packed_attention(
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
     plain = query.device.type == "cpu" and kwargs.get("position_bias") is None and kwargs.get("cache") is None
-    sizes = _LAST.sizes(attention_mask) if plain and attention_mask is not None else None
+    dropout = kwargs.get("dropout", 0.0)
+    by_blocks = query.dtype == torch.bfloat16 and not dropout
+    sizes = None
+    if plain and attention_mask is not None:
+        sizes = _LAST.sizes(attention_mask)
+    elif plain and by_blocks and query.shape[2] == key.shape[2] and _is_causal(module, kwargs.get("is_causal")):
+        sizes = [(query.shape[2], True)] * query.shape[0]
     if sizes is None:
         whole: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return whole
-    groups = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    scale = kwargs.get("scaling")
+    if not by_blocks:
+        groups = query.shape[1] // key.shape[1]
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     # `split`, whose backward pass puts the parts together: that of a slice would make a tensor of the whole for each.
     lengths = [length for length, _ in sizes]
     parts = [one.transpose(1, 2).flatten(0, 1).split(lengths) for one in (query, key, value)]
     done = []
-    for (_, is_example), q, k, v in zip(sizes, *parts, strict=True):
+    for (_, is_example), *of_example in zip(sizes, *parts, strict=True):
+        q, k, v = (one.transpose(0, 1) for one in of_example)
         if not is_example:
-            done.append(torch.zeros_like(v))
-            continue
-        of_example = torch.nn.functional.scaled_dot_product_attention(
-            q.transpose(0, 1).unsqueeze(0),
-            k.transpose(0, 1).unsqueeze(0),
-            v.transpose(0, 1).unsqueeze(0),
-            dropout_p=kwargs.get("dropout", 0.0),
-            scale=kwargs.get("scaling"),
-            is_causal=True,
-        )
-        done.append(of_example[0].transpose(0, 1))
+            attended = q.new_zeros(*q.shape[:2], v.shape[-1])
+        elif by_blocks:
+            attended = causal_attention(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+        else:
+            q, k, v = (one.unsqueeze(0) for one in (q, k, v))
+            attended = torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, scale=scale, is_causal=True
+            )[0]
+        done.append(attended.transpose(0, 1))
     return torch.cat(done).unflatten(0, (query.shape[0], query.shape[2])), None
+
+
+def _is_causal(module: Any, said: bool | None) -> bool:
+    return bool(getattr(module, "is_causal", True) if said is None else said)
 
 
 class _LastMask:

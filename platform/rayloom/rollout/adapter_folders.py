@@ -36,19 +36,50 @@ class AdapterFolders:
     def __init__(self) -> None:
         self._root = Path(tempfile.mkdtemp(prefix="rayloom-adapters-", dir=_MEMORY if _MEMORY.is_dir() else None))
 
-    def write(self, name: str, tensors: Mapping[str, Any], config: Mapping[str, Any] | None) -> Path:
-        """A new folder of this name, as PEFT would save it."""
-        from safetensors.torch import save_file
+    def write(self, name: str, file: Any, config: Mapping[str, Any] | None) -> Path:
+        """A new folder of this name, as PEFT would save it.
 
+        Args:
+            file: the tensors (`pack`).
+        """
         folder = self._root / name
         folder.mkdir()
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / _TENSORS)
+        (folder / _TENSORS).write_bytes(file)
         (folder / _CONFIG).write_text(json.dumps(config), encoding="utf-8")
         return folder
 
     def close(self) -> None:
         """Remove all."""
         shutil.rmtree(self._root, ignore_errors=True)
+
+
+def pack(tensors: Mapping[str, Any]) -> Any:
+    """An adapter's file, (bytes,) uint8: one array, which Ray hands from process to process without a copy.
+
+    Written here byte for byte (https://huggingface.co/docs/safetensors, format), in a quarter of the time that the
+    library's own `save` takes for some hundred small tensors: a sync waits for it.
+
+    Args:
+        tensors: `{name: tensor}` on CPU, named as PEFT saves them.
+    """
+    import numpy as np
+    import torch
+
+    names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the data begins at a multiple of 8
+    begin = 8 + len(text)
+    file = np.empty(begin + end, dtype=np.uint8)
+    file[:begin] = np.frombuffer(len(text).to_bytes(8, "little") + text, dtype=np.uint8)
+    for name, tensor in tensors.items():
+        start, end = header[name]["data_offsets"]
+        file[begin + start : begin + end] = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return file
 
 
 def stored_tensors(folder: str) -> dict[str, Any]:

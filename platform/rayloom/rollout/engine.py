@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
-from typing import Any
 
 from rayloom.rollout.request import EngineOptions, Probe, Prompt, Rollout, Sampling, Weights
 from rayloom.rollout.vllm_engine import VllmEngine
@@ -50,7 +49,7 @@ class Engine:
         import ray
 
         assert self._engine is not None
-        tensors: dict[str, Any] = ray.get(weights.tensors) if weights.tensors is not None else {}
+        tensors = ray.get(weights.tensors) if weights.tensors is not None else None
         self._engine.take(weights, tensors)
         return self._engine.probe(prompt)
 

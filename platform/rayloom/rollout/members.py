@@ -235,9 +235,10 @@ class Members:
 
     def _deviation(self, probe: Probe, accepted: Probe) -> str | None:
         """How an engine's answer to the probe differs from another's with the same weights."""
-        most = max(abs(a - b) for a, b in zip(probe.log_probs, accepted.log_probs, strict=True))
-        if probe.token_ids[0] == accepted.token_ids[0] and probe.token_ids != accepted.token_ids:
-            most = abs(probe.log_probs[0] - accepted.log_probs[0])  # behind a near tie the texts part
+        known, least = dict(zip(accepted.token_ids, accepted.log_probs, strict=True)), min(accepted.log_probs)
+        # A token that only one of them names is at the other below all that it names, by nearly nothing at a near tie.
+        said = zip(probe.token_ids, probe.log_probs, strict=True)
+        most = max(abs(value - known.get(token, least)) for token, value in said)
         if most <= _SAME[self._options.precision]:
             return None
         return (

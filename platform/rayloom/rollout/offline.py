@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 from rayloom.data.config import DataConfig, DatasetConfig
 from rayloom.data.files import place
@@ -25,7 +24,6 @@ from rayloom.models.source import check_model_path, raw_config
 from rayloom.models.text_tokenizer import TokenizerState
 from rayloom.models.tokenizer import TokenizerSource, load_tokenizer
 from rayloom.rollout.config import RolloutConfig
-from rayloom.rollout.digest import digest_of
 from rayloom.rollout.fleet import FleetClient, start_fleet
 from rayloom.rollout.request import EngineOptions, Prompt, Rollout, Sampling, Weights, probe_prompt
 from rayloom.rollout.vllm_engine import check_vllm
@@ -285,9 +283,10 @@ def weights_of(adapter: str | None) -> Weights:
     """What the engines are to serve: the model itself, or with the adapter of a folder."""
     if adapter is None:
         return Weights.of_base()
-    import ray
     from safetensors.torch import load_file
 
-    tensors: Any = load_file(Path(adapter).expanduser() / WEIGHTS)
+    from rayloom.rollout.weights import weights_to_send  # imports torch
+
+    tensors = load_file(Path(adapter).expanduser() / WEIGHTS)
     config = json.loads((Path(adapter).expanduser() / CONFIG).read_text(encoding="utf-8"))
-    return Weights(1, "adapter", ray.put(tensors), len(tensors), digest_of(tensors), config)
+    return weights_to_send(1, tensors, config)

@@ -2,7 +2,7 @@
 
 vLLM 0.32 copies both factors of the adapter for every token of a batch, in float32: with some thousand tokens that is
 gigabytes a layer, and most of an answer's time. Where there is room for one adapter only, all tokens have the same
-factors, and two plain products do. Nothing else changes: vLLM itself reads the one adapter for every token then.
+factors, and two plain products do.
 """
 
 from __future__ import annotations
@@ -15,58 +15,51 @@ import torch
 
 def use_one_adapter() -> None:
     """Put products in the place of vLLM's copies, in this process. Where an engine has room for several adapters,
-    vLLM's own functions still run."""
-    from vllm.lora.ops.torch_ops import lora_ops
-    from vllm.lora.punica_wrapper import punica_cpu
+    vLLM's own function still runs."""
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-    for name, ours in (("bgmv_shrink", _shrink), ("bgmv_expand", _expand), ("bgmv_expand_slice", _expand_slice)):
-        theirs = getattr(lora_ops, name)
-        if getattr(theirs, "is_ours", False):
-            continue
-        chosen = _or_theirs(ours, theirs)
-        setattr(lora_ops, name, chosen)  # also what the functions for prompts call
-        setattr(punica_cpu, name, chosen)
+    theirs = PunicaWrapperCPU.add_lora_linear
+    if not getattr(theirs, "is_ours", False):
+        PunicaWrapperCPU.add_lora_linear = _or_theirs(theirs)  # type: ignore[method-assign]
 
 
-def _or_theirs(ours: Callable[..., None], theirs: Callable[..., None]) -> Callable[..., None]:
-    def chosen(inputs: torch.Tensor, weights: torch.Tensor, *more: Any, **options: Any) -> None:
-        (ours if weights.shape[0] == 1 else theirs)(inputs, weights, *more, **options)
+def _or_theirs(theirs: Callable[..., None]) -> Callable[..., None]:
+    def add_lora_linear(
+        wrapper: Any,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        **options: Any,
+    ) -> None:
+        if len(lora_a_stacked[0]) > 1 or scale != 1 or options or not wrapper.is_prefill:
+            theirs(wrapper, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **options)
+        elif not wrapper.no_lora:  # the batch is of the base model itself
+            add_products(y, x, lora_a_stacked, lora_b_stacked, output_slices)
 
-    chosen.is_ours = True  # type: ignore[attr-defined]
-    return chosen
+    add_lora_linear.is_ours = True  # type: ignore[attr-defined]
+    return add_lora_linear
 
 
-def _factor(weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(1, 1, out, in) or (1, out, in) -> (in, out)"""
-    return weights.reshape(weights.shape[-2:]).to(dtype).T
-
-
-def _shrink(
-    inputs: torch.Tensor, weights: torch.Tensor, output: torch.Tensor, indices: torch.Tensor, scaling: float = 1.0
+def add_products(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: tuple[torch.Tensor, ...],
+    lora_b: tuple[torch.Tensor, ...],
+    widths: tuple[int, ...],
 ) -> None:
-    found = inputs.to(output.dtype) @ _factor(weights, output.dtype)
-    output[:, : found.shape[1]] = scaling * found
+    """Add x A B to y, for layers that are computed together each to its own columns. Sums are in float32, and rounded
+    between the factors to the type of y, as vLLM rounds them there.
 
-
-def _expand(
-    inputs: torch.Tensor, weights: torch.Tensor, output: torch.Tensor, indices: torch.Tensor, add_inputs: bool = True
-) -> None:
-    width = min(weights.shape[-2], output.shape[1])
-    _expand_slice(inputs, weights[..., :width, :], output, indices, 0, width, add_inputs)
-
-
-def _expand_slice(
-    inputs: torch.Tensor,
-    weights: torch.Tensor,
-    output: torch.Tensor,
-    indices: torch.Tensor,
-    slice_offset: int,
-    slice_size: int,
-    add_inputs: bool = True,
-) -> None:
-    part = output[:, slice_offset : slice_offset + slice_size]
-    found = inputs.to(output.dtype) @ _factor(weights, output.dtype)
-    if add_inputs:
-        part += found
-    else:
-        part[:] = found
+    Args:
+        y: (tokens, sum of `widths`).
+        x: (tokens, in).
+        lora_a: (1, 1, rank, in) each.
+        lora_b: (1, 1, width, rank) each.
+    """
+    start = 0
+    for a, b, width in zip(lora_a, lora_b, widths, strict=True):
+        y[:, start : start + width].addmm_(x @ a[0, 0].to(x.dtype).T, b[0, 0].to(y.dtype).T)
+        start += width

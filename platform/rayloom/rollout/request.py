@@ -9,8 +9,8 @@ from rayloom.rollout.digest import digest_of
 
 BLOCK = 32
 """Tokens of a block of the engines' prefix cache."""
-PROBE_TOKENS = 2
-"""Tokens of a probe's answer."""
+PROBE_CHOICES = 8
+"""Likeliest next tokens that a probe tells."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ class Weights:
     kind: Literal["adapter", "full", "base"]
     """`base`: none; the model as the engines have loaded it."""
     tensors: Any
-    """Reference (Ray's object store) of `{name: tensor}`, on CPU: of an adapter as PEFT saves it, else as transformers
-    does."""
+    """Reference (Ray's object store): of an adapter to its file (`adapter_folders.pack`), of whole weights to
+    `{name: tensor}` on CPU, as transformers names them."""
     count: int
     """How many tensors there are."""
     digest: str
@@ -119,15 +119,15 @@ class Probe:
     digest: str
     """Of what it has taken, as `Weights.digest`."""
     token_ids: tuple[int, ...]
-    """The likeliest continuation of the probe prompt under these weights, a few tokens."""
+    """(choices,) the likeliest tokens behind the probe prompt under these weights, the likeliest first."""
     log_probs: tuple[float, ...]
-    """Of each of them, at temperature 1."""
+    """(choices,) of each of them, at temperature 1."""
 
 
 def probe_prompt(token_ids: tuple[int, ...]) -> tuple[int, ...]:
-    """A prompt for probes that fills a block of the prefix cache, so that a stale one would show; the ids given are
-    repeated until it does."""
-    return token_ids * -(-(BLOCK + 1) // len(token_ids))
+    """A prompt for probes: the ids given, repeated or cut so that they fill a block of the prefix cache, where a stale
+    one would show, and no more, since every sync waits for it."""
+    return (token_ids * -(-(BLOCK + 1) // len(token_ids)))[: BLOCK + 1]
 
 
 def difference(weights: Weights, probe: Probe) -> str | None:

@@ -12,7 +12,7 @@ from rayloom.models.source import model_folder
 from rayloom.rollout.adapter_folders import AdapterFolders, adapter_rank_limit, stored_tensors
 from rayloom.rollout.digest import Digest, digest_of
 from rayloom.rollout.one_adapter import use_one_adapter
-from rayloom.rollout.request import BLOCK, PROBE_TOKENS, EngineOptions, Probe, Prompt, Rollout, Sampling, Weights
+from rayloom.rollout.request import BLOCK, PROBE_CHOICES, EngineOptions, Probe, Prompt, Rollout, Sampling, Weights
 
 VERSION = "0.32"
 """The vLLM that this file was written for: its calls for weights change between minor versions."""
@@ -79,7 +79,7 @@ class VllmEngine:
         self._llm: Any = vllm.LLM(
             model=model_folder(options.model),
             dtype=_TYPES[options.precision],
-            max_model_len=options.max_length,
+            max_model_len=max(options.max_length, 2 * BLOCK),  # probes fit too
             enforce_eager=options.device == "cpu",
             enable_prefix_caching=True,
             logprobs_mode="processed_logprobs",
@@ -137,7 +137,7 @@ class VllmEngine:
             for (prompt, sample), answer in zip(asked, (output.outputs[0] for output in outputs), strict=True)
         ]
 
-    def take(self, weights: Weights, tensors: Mapping[str, Any]) -> None:
+    def take(self, weights: Weights, tensors: Any) -> None:
         """Serve these weights from now on.
 
         Args:
@@ -158,7 +158,7 @@ class VllmEngine:
         self._version, self._new = weights.version, True
 
     def probe(self, prompt: Sequence[int]) -> Probe:
-        """What it serves: count and digest of the tensors that are there, and a short greedy answer.
+        """What it serves: count and digest of the tensors that are there, and the likeliest tokens behind a prompt.
 
         Args:
             prompt: at least a block of the prefix cache long (`request.probe_prompt`).
@@ -169,37 +169,40 @@ class VllmEngine:
         assert self._version is not None
         count, digest = self._loaded
         if self._adapter is not None:
-            resident = self._resident()
-            count, digest = len(resident), digest_of(resident)
-        (output,) = self._ask([prompt], [self._parameters(Sampling(PROBE_TOKENS, temperature=0), ignore_eos=True)])
+            there = (self._adapter.lora_int_id, self._adapter.lora_path)
+            count, digest = min(self._llm.collective_rpc(_held, args=there))  # of several workers the worst
+        (output,) = self._ask([prompt], [self._parameters(Sampling(1, temperature=0), choices=PROBE_CHOICES)])
         if self._new and output.num_cached_tokens:
             raise JobError(
                 f"engine {self._number} answered policy version {self._version} from keys and values of earlier "
                 f"weights ({output.num_cached_tokens} tokens of its prefix cache)"
             )
         self._new = False
-        answer = output.outputs[0]
-        return Probe(self._number, self._version, count, digest, tuple(answer.token_ids), _log_probs(answer))
+        said = {token: one.logprob for token, one in output.outputs[0].logprobs[0].items()}
+        likeliest = sorted(said, key=lambda token: -said[token])[:PROBE_CHOICES]
+        return Probe(
+            self._number, self._version, count, digest, tuple(likeliest), tuple(said[token] for token in likeliest)
+        )
 
     def close(self) -> None:
         """Remove what it has written."""
         self._folders.close()
 
-    def _take_adapter(self, weights: Weights, tensors: Mapping[str, Any]) -> None:
+    def _take_adapter(self, weights: Weights, file: Any) -> None:
         """Adapters come as folders. A new one for each, with a number of its own: under an old name vLLM would serve
         the old adapter, or the new one with the old one's keys and values."""
         from vllm.lora.request import LoRARequest
 
         self._serial += 1
         name = f"version-{weights.version}-{self._serial}"
-        folder = self._folders.write(name, tensors, weights.adapter_config)
+        folder = self._folders.write(name, file, weights.adapter_config)
         new = LoRARequest(name, self._serial, str(folder))
         try:
             self._llm.llm_engine.add_lora(new)
         except Exception as error:
             raise JobError(
                 f"policy version {weights.version} did not arrive: engine {self._number} cannot load the adapter, "
-                f"{len(tensors)} tensors of {weights.count}: {first_line(error)}"
+                f"{len(stored_tensors(str(folder)))} tensors of {weights.count}: {first_line(error)}"
             ) from error
         self._drop_adapter(self._adapter)
         self._adapter = new
@@ -209,12 +212,6 @@ class VllmEngine:
             self._llm.llm_engine.remove_lora(adapter.lora_int_id)
             shutil.rmtree(adapter.lora_path, ignore_errors=True)
 
-    def _resident(self) -> dict[str, Any]:
-        """Of the tensors of the adapter's folder those that vLLM holds, under the number that prompts go with."""
-        number, folder = self._adapter.lora_int_id, self._adapter.lora_path
-        held = set.intersection(*self._llm.collective_rpc(_held_tensors, args=(number, folder)))
-        return {name: tensor for name, tensor in stored_tensors(folder).items() if name in held}
-
     def _ask(self, prompts: Sequence[Sequence[int]], parameters: Sequence[Any]) -> list[Any]:
         return self._llm.generate(
             [{"prompt_token_ids": list(ids)} for ids in prompts],
@@ -223,7 +220,7 @@ class VllmEngine:
             use_tqdm=False,
         )
 
-    def _parameters(self, sampling: Sampling, *, seed: int | None = None, ignore_eos: bool = False) -> Any:
+    def _parameters(self, sampling: Sampling, *, seed: int | None = None, choices: int = 0) -> Any:
         from vllm import SamplingParams
 
         return SamplingParams(
@@ -235,8 +232,7 @@ class VllmEngine:
             seed=seed,
             stop=list(sampling.stop),
             stop_token_ids=list(self._options.stop_token_ids),
-            ignore_eos=ignore_eos,
-            logprobs=0,  # of the token that was drawn, and no others
+            logprobs=choices,  # of the token that was drawn, and of so many of the likeliest
             detokenize=bool(sampling.stop),
         )
 
@@ -260,8 +256,9 @@ def _pack_head(worker: Any) -> None:
     dispatch_cpu_unquantized_gemm(worker.model_runner.get_model().lm_head, remove_weight=False)
 
 
-def _held_tensors(worker: Any, number: int, folder: str) -> set[str]:
-    """Runs in vLLM's worker: which tensors of a folder it holds as adapter `number`, equal in every element.
+def _held(worker: Any, number: int, folder: str) -> tuple[int, str]:
+    """Runs in vLLM's worker: of the tensors of a folder those that it holds as adapter `number`, equal in every
+    element: how many, and their digest.
 
     vLLM casts them to its own type, multiplies the factor `alpha / rank` into B, and joins layers that it computes
     together (q, k and v).
@@ -275,7 +272,7 @@ def _held_tensors(worker: Any, number: int, folder: str) -> set[str]:
     manager = runner.lora_manager._adapter_manager
     adapter = manager.get_adapter(number)
     if adapter is None:
-        return set()
+        return 0, digest_of({})
     parts: dict[str, tuple[Any, Any]] = {}
     for name, layer in adapter.loras.items():
         if name in manager.packed_modules:
@@ -286,7 +283,7 @@ def _held_tensors(worker: Any, number: int, folder: str) -> set[str]:
     helper = PEFTHelper.from_local_dir(folder, None)
     mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
     renames = mapper.get_rename_mapper() if mapper is not None else None
-    held = set()
+    held = {}
     for name, tensor in stored_tensors(folder).items():
         module, is_a = parse_fine_tuned_lora_name(name, renames)
         there = parts.get(module, (None, None))[0 if is_a else 1]
@@ -295,5 +292,5 @@ def _held_tensors(worker: Any, number: int, folder: str) -> set[str]:
             own_name, _ = parse_fine_tuned_lora_name(name)
             wanted = wanted * LoRALayerWeights.from_config(module, helper, own_name).scaling
         if there is not None and torch.equal(there, wanted):
-            held.add(name)
-    return held
+            held[name] = tensor
+    return len(held), digest_of(held)

@@ -6,10 +6,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import ray
 import torch
+
+from rayloom.rollout.adapter_folders import pack
+from rayloom.rollout.digest import digest_of
+from rayloom.rollout.request import Weights
 
 POLICY = "default"
 """PEFT's name of the adapter that trains."""
+
+
+def weights_to_send(version: int, tensors: dict[str, torch.Tensor], adapter: dict[str, Any] | None) -> Weights:
+    """One policy version with its tensors in Ray's object store.
+
+    Args:
+        tensors: `policy_tensors`.
+        adapter: PEFT's configuration as its file has it; None: they are no adapter's.
+    """
+    return Weights(
+        version=version,
+        kind="full" if adapter is None else "adapter",
+        tensors=ray.put(tensors if adapter is None else pack(tensors)),
+        count=len(tensors),
+        digest=digest_of(tensors),
+        adapter_config=adapter,
+    )
 
 
 def policy_tensors(model: Any, *, keep: bool) -> dict[str, torch.Tensor]:

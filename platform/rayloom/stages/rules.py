@@ -7,6 +7,7 @@ from rayloom.errors import RequestError
 from rayloom.methods.config import LoraConfig
 from rayloom.methods.optimizers.config import LibraryConfig
 from rayloom.stages.config import CHOOSING, FREE, DpoConfig, KtoConfig
+from rayloom.stages.ppo_config import PpoConfig
 
 
 def check_stage(job: JobConfig) -> None:
@@ -24,7 +25,7 @@ def _reference(job: JobConfig) -> str | None:
     """With its adapter off a model must be what it was before the training; a copy is that with any method, and so is
     what has been computed before."""
     stage, method = job.stage, job.method
-    if not isinstance(stage, DpoConfig | KtoConfig) or not stage.has_reference:
+    if not isinstance(stage, DpoConfig | KtoConfig | PpoConfig) or not stage.has_reference:
         return None
     if stage.reference == "cached":
         if job.output_folder is not None:
@@ -35,7 +36,8 @@ def _reference(job: JobConfig) -> str | None:
         )
     if stage.reference == "copy":
         is_sharded = job.train.deepspeed == "zero3"
-        return "stage.reference: copy: zero3 would not shard the copy; use zero2, or cached" if is_sharded else None
+        other = "adapter_off" if isinstance(stage, PpoConfig) else "cached"
+        return f"stage.reference: copy: zero3 would not shard the copy; use zero2, or {other}" if is_sharded else None
     why = None
     if method.type in ("full", "freeze"):
         why = "compares with the model with its adapter off, and there is none"
@@ -45,6 +47,9 @@ def _reference(job: JobConfig) -> str | None:
         why = "would compare with the model as it was before method.adapters, unless method.new_adapter is true"
     if why is None:
         return None
+    if isinstance(stage, PpoConfig):
+        copy = "say stage.reference: copy, a second copy of the weights, or stage.kl.coefficient: 0"
+        return f"stage.reference: adapter_off: stage ppo {why}; {copy}"
     more = "say stage.reference: cached, log-probabilities computed before, or copy, a second copy of the weights"
     if isinstance(stage, KtoConfig):
         return f"stage.type: kto {why}; {more}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -56,18 +57,30 @@ class TrainedPositions:
     def __init__(self, model: Any, skip: int = 0) -> None:
         self._positions: torch.Tensor | None = None
         self._skip = self._ahead = skip
+        self._take: Callable[[torch.Tensor], None] | None = None
         model.get_output_embeddings().register_forward_pre_hook(self._choose)
 
-    def choose(self, positions: torch.Tensor | None, *, adapted: bool = True) -> None:
+    def choose(
+        self,
+        positions: torch.Tensor | None,
+        *,
+        adapted: bool = True,
+        take: Callable[[torch.Tensor], None] | None = None,
+    ) -> None:
         """Positions (kept,) of the next forward pass, in the flattened (batch * length); None: all of them.
 
         Args:
             adapted: whether the method's virtual tokens are there, and not switched off.
+            take: gets the hidden states (kept, size), of which the output layer then sees the first only, once.
         """
-        self._positions = positions
+        self._positions, self._take = positions, take
         self._ahead = self._skip if adapted else 0
 
     def _choose(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         if self._positions is None:
             return None
-        return (inputs[0][:, self._ahead :].flatten(0, 1)[self._positions].unsqueeze(0), *inputs[1:])
+        hidden = inputs[0][:, self._ahead :].flatten(0, 1)[self._positions]
+        if self._take is not None:
+            self._take(hidden)
+            self._positions, hidden = None, hidden[:1]
+        return (hidden.unsqueeze(0), *inputs[1:])

@@ -75,8 +75,13 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
         _check_model(job, job.train.device)
         _check_method(job)
         if job.stage.type == "ppo":
-            from rayloom.train.ppo_check import check_lengths_and_heads, check_reward_models  # these load torch
+            from rayloom.train.ppo_check import (  # these load torch
+                check_lengths_and_heads,
+                check_reward_functions,
+                check_reward_models,
+            )
 
+            check_reward_functions(job)
             check_lengths_and_heads(job)
             check_reward_models(job)
         encoder = make_encoder(job)

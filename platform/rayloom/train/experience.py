@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import reduce
 
 import torch
 
@@ -17,9 +17,10 @@ from rayloom.losses.advantage import (
     token_rewards,
     whiten,
 )
+from rayloom.losses.moments import Moments
 from rayloom.losses.policy import importance_weights, kl_estimate
 from rayloom.stages.ppo_config import PpoConfig
-from rayloom.train.collective import over_ranks
+from rayloom.train.collective import of_all_ranks
 from rayloom.train.ppo_answers import Answer, engine_log_probs, lengths_of
 
 Table = torch.Tensor
@@ -63,7 +64,6 @@ def make_experience(
     rewards: Sequence[float],
     stage: PpoConfig,
     coefficient: float,
-    device: Any,
 ) -> Experience:
     """From rewards to advantages. Every rank calls it.
 
@@ -72,7 +72,7 @@ def make_experience(
         coefficient: of the divergence from the reference, where that is taken off the rewards.
     """
     mask = scored.mask
-    of_answers = torch.tensor(list(rewards), dtype=torch.float32)
+    of_answers = torch.tensor(list(rewards), dtype=torch.float64)  # groups are compared with these digits
     penalties = torch.zeros(mask.shape)
     if scored.reference is not None and stage.kl_place == "reward":
         penalties = coefficient * kl_estimate(scored.log_probs, scored.reference, stage.kl_estimator) * mask
@@ -82,7 +82,7 @@ def make_experience(
     }
     advantages, returns = _advantages(answers, scored, of_answers, penalties, stage)
     if stage.whiten and stage.advantage in ("gae", "reinforce++"):
-        advantages = whiten(advantages, mask, over_ranks(moments_of(advantages, mask), device))
+        advantages = whiten(advantages, mask, reduce(Moments.merged, of_all_ranks(moments_of(advantages, mask))))
     tables["advantages"] = advantages
     if scored.reference is not None:
         tables["reference"] = scored.reference
@@ -111,7 +111,7 @@ def _advantages(
         of_answers = leave_one_out(totals, groups)
     else:
         of_answers = group_relative(totals, groups, scale=stage.advantage == "grpo")
-    return of_answers.unsqueeze(1) * mask, None
+    return of_answers.float().unsqueeze(1) * mask, None
 
 
 def round_measures(answers: Sequence[Answer], scored: Scored, total: Sequence[float]) -> dict[str, torch.Tensor]:

@@ -7,14 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import ray
+import torch
 
 from rayloom.errors import JobError
 from rayloom.models.precision import Precision
-from rayloom.rollout.digest import digest_of
 from rayloom.rollout.fleet import FleetClient
-from rayloom.rollout.request import Probe, Weights
-from rayloom.rollout.weights import POLICY, policy_tensors
+from rayloom.rollout.request import Probe
+from rayloom.rollout.weights import POLICY, policy_tensors, weights_to_send
 from rayloom.train.collective import from_first_rank
 
 _TOLERANCE: dict[str, float] = {"fp32": 5e-3}
@@ -22,8 +21,8 @@ _ROUGH = 0.3
 """How far an engine's log-probability of a token may be from the trainer's, on average over the probe's tokens: two
 implementations compute it, in bf16 and fp16 with three digits. That each weight arrived is told by the digest."""
 
-LogProbs = Callable[[Sequence[int], int], list[float]]
-"""The policy's log-probabilities of a text's tokens from some place on."""
+NextLogProbs = Callable[[Sequence[int]], torch.Tensor]
+"""The policy's log-probabilities of what comes behind a text, (vocab,) float32 on CPU."""
 
 
 class PolicySync:
@@ -33,13 +32,15 @@ class PolicySync:
         self._client, self._is_first_rank = client, is_first_rank
         self._tolerance = _TOLERANCE.get(precision, _ROUGH)
         self._served: int | None = None
+        self._probes: list[Probe] = []  # of the last sync, that have not been compared with the trainer yet; rank 0's
         self.seconds = 0.0
-        """Of the last sync, from the trainer's weights to the last engine's proof."""
+        """Of the last sync, from the trainer's weights to the last engine's proof, and of the comparison."""
         self.difference = 0.0
         """Between the engines' and the trainer's log-probabilities of the probe, the largest mean of an engine."""
 
-    def serve(self, version: int, model: Any, log_probs: LogProbs) -> None:
-        """Return when all engines serve the model's weights as `version`. Every rank calls it.
+    def serve(self, version: int, model: Any) -> None:
+        """Return when all engines serve the model's weights as `version`: each has told how many tensors it holds,
+        which, and what follows a probe. Every rank calls it.
 
         Raises:
             JobError: an engine does not answer, or does not serve what it was given.
@@ -48,29 +49,34 @@ class PolicySync:
             return
         started = time.monotonic()
         tensors = policy_tensors(model, keep=self._is_first_rank)
-        probes: list[Probe] = []
         if self._is_first_rank:
-            is_adapter = hasattr(model, "peft_config")
-            weights = Weights(
-                version=version,
-                kind="adapter" if is_adapter else "full",
-                tensors=ray.put(tensors),
-                count=len(tensors),
-                digest=digest_of(tensors),
-                adapter_config=plain_config(model.peft_config[POLICY].to_dict()) if is_adapter else None,
-            )
-            probes = self._client.sync(weights)
-        for engine, token_ids, said in from_first_rank([(p.engine, p.token_ids, p.log_probs) for p in probes]):
-            prompt = self._client.probe_prompt
-            own = log_probs([*prompt, *token_ids], len(prompt))
-            self.difference = sum(abs(a - b) for a, b in zip(own, said, strict=True)) / len(own)
-            if self.difference > self._tolerance:
+            adapter = plain_config(model.peft_config[POLICY].to_dict()) if hasattr(model, "peft_config") else None
+            self._probes = self._client.sync(weights_to_send(version, tensors, adapter))
+        self._served, self.seconds = version, time.monotonic() - started
+
+    def compare(self, next_log_probs: NextLogProbs) -> None:
+        """See whether the engines computed on the probe what the model computes with the weights that they serve: once
+        for each version, before anything is learnt from its answers. Every rank calls it.
+
+        Raises:
+            JobError: one does not.
+        """
+        started = time.monotonic()
+        probes = from_first_rank([(one.engine, one.token_ids, one.log_probs) for one in self._probes])
+        self._probes = []
+        if not probes:
+            return
+        own, self.difference = next_log_probs(self._client.probe_prompt), 0.0
+        for engine, token_ids, said in probes:
+            difference = float((own[list(token_ids)] - torch.tensor(said)).abs().mean())
+            self.difference = max(self.difference, difference)
+            if difference > self._tolerance:
                 raise JobError(
                     f"engine {engine} does not compute what the trainer computes: with the weights of version "
-                    f"{version} the log-probabilities of a probe differ by {self.difference:.3g} on average, and may "
+                    f"{self._served} the log-probabilities of a probe differ by {difference:.3g} on average, and may "
                     f"by {self._tolerance:g}"
                 )
-        self._served, self.seconds = version, time.monotonic() - started
+        self.seconds += time.monotonic() - started
 
 
 def plain_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Whether the models of stage ppo fit together, told from their folders before anything is loaded."""
+"""Whether models and rewards of stage ppo fit, told from their files before anything of the job is loaded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from rayloom.errors import RequestError
 from rayloom.models.architecture import read_architecture
 from rayloom.models.tokenizer import TokenizerSource, load_tokenizer
 from rayloom.models.value_head import FILE
-from rayloom.rollout.rewards.config import AdapterReward, ModelReward
+from rayloom.rollout.rewards.config import AdapterReward, FunctionReward, ModelReward
+from rayloom.rollout.rewards.function import check_function
 
 
 def check_lengths_and_heads(job: JobConfig) -> None:
@@ -32,6 +33,17 @@ def check_lengths_and_heads(job: JobConfig) -> None:
             f"rollout.tensor_parallel: {engines.tensor_parallel} does not divide the model's {heads} heads; "
             f"it may be {', '.join(map(str, right))}"
         )
+
+
+def check_reward_functions(job: JobConfig) -> None:
+    """Refuse functions that give no rewards because they cannot be loaded, or not be called.
+
+    Raises:
+        RequestError: naming the reward's path.
+    """
+    for number, source in enumerate(job.rewards.sources if job.rewards else []):
+        if isinstance(source, FunctionReward):
+            check_function(source, f"rewards.sources[{number}].path")
 
 
 def check_reward_models(job: JobConfig) -> None:

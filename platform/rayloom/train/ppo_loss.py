@@ -79,7 +79,7 @@ def step_loss(
         losses = losses * known["importance"]
     measures = {
         "policy_loss": losses.detach(),
-        "clipped": clipped_share(*given, clip=stage.clip, clip_high=stage.clip_high),
+        "clipped": clipped_share(*given, clip=stage.clip, clip_high=stage.clip_high, dual_clip=stage.dual_clip),
         "entropy": said.entropies.detach(),
         "step_kl": (known["old_log_probs"] - said.log_probs).detach(),
     }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
+
+import regex  # type: ignore[import-untyped]
 
 from rayloom.config.job import JobConfig
 from rayloom.errors import RequestError
@@ -14,7 +15,7 @@ from rayloom.rollout.adapter_folders import adapter_rank_limit
 from rayloom.rollout.config import RolloutConfig
 from rayloom.rollout.rewards.combine import reward_names
 from rayloom.rollout.rewards.config import AdapterReward, FormatReward, FunctionReward, LengthReward, RewardsConfig
-from rayloom.rollout.rewards.function import check_function
+from rayloom.rollout.rewards.function import split_path
 from rayloom.stages.ppo_config import PpoConfig
 
 
@@ -27,7 +28,7 @@ def check_ppo(job: JobConfig) -> None:
     if not isinstance(job.stage, PpoConfig):
         faults = list(_left_over(job))
     else:
-        faults = [*_rounds(job, job.stage), *_engines(job), *_reference(job, job.stage), *_head(job, job.stage)]
+        faults = [*_rounds(job, job.stage), *_engines(job), *_head(job, job.stage)]
         if job.rewards is None:
             faults.append("rewards: stage ppo learns from rewards, and there are none; name at least one source")
         else:
@@ -109,21 +110,6 @@ def _engines(job: JobConfig) -> Iterator[str]:
         yield f"rollout.tensor_parallel: {job.rollout.tensor_parallel} is for GPUs; on CPU it is 1"
 
 
-def _reference(job: JobConfig, stage: PpoConfig) -> Iterator[str]:
-    if not stage.has_reference:
-        return
-    if stage.reference == "copy":
-        if job.train.deepspeed == "zero3":
-            yield "stage.reference: copy: zero3 would not shard the copy; use zero2, or adapter_off"
-        return
-    method = job.method
-    more = "say stage.reference: copy, a second copy of the weights, or stage.kl.coefficient: 0"
-    if not isinstance(method, LoraConfig):
-        yield f"stage.reference: adapter_off: with method.type {method.type} there is no adapter to switch off; {more}"
-    elif method.continues:
-        yield f"stage.reference: adapter_off would compare with the model as it was before method.adapters; {more}"
-
-
 def _head(job: JobConfig, stage: PpoConfig) -> Iterator[str]:
     if stage.value_learning_rate is not None and not isinstance(job.optimizer, LibraryConfig):
         yield f"stage.value_learning_rate: optimizer {job.optimizer.type} has one rate for all; leave it out"
@@ -137,13 +123,13 @@ def _rewards(job: JobConfig, rewards: RewardsConfig) -> Iterator[str]:
         key = f"rewards.sources[{number}]"
         if isinstance(source, FunctionReward):
             try:
-                check_function(source.path, f"{key}.path")
+                split_path(source.path, f"{key}.path")
             except RequestError as error:
                 yield from error.messages
         elif isinstance(source, FormatReward):
             try:
-                re.compile(source.pattern)
-            except re.error as error:
+                regex.compile(source.pattern)
+            except regex.error as error:
                 yield f"{key}.pattern: {source.pattern!r} is no regular expression: {error}"
         elif isinstance(source, LengthReward) and source.longest <= source.free:
             yield f"{key}.longest: {source.longest} must be above free ({source.free})"

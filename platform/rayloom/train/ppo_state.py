@@ -10,8 +10,8 @@ from typing import Any
 
 from rayloom.data.plan import Position
 from rayloom.losses.kl_control import KlControl
+from rayloom.losses.moments import Moments
 from rayloom.rollout.request import Rollout
-from rayloom.rollout.rewards.moments import Moments
 from rayloom.stages.ppo_config import PpoConfig
 from rayloom.train.meter import StepCount
 from rayloom.train.ppo_answers import Answer, Asked

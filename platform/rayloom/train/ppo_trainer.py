@@ -22,9 +22,9 @@ import torch
 import transformers
 
 from rayloom.data.permutation import permutation
+from rayloom.losses.moments import Moments
 from rayloom.rollout.config import RolloutConfig
 from rayloom.rollout.rewards.combine import Judged, RewardSum
-from rayloom.rollout.rewards.moments import Moments
 from rayloom.rollout.rewards.source import Answered
 from rayloom.stages.ppo_config import PpoConfig
 from rayloom.train.batch import Batch
@@ -124,6 +124,7 @@ class PpoTrainer(HeadTrainer):
         self._serve()
         with self._clock.part("data"):
             taken = self._reader.take(self._state.rounds)
+        self._compare_with_engines()
         if taken is None:
             if self._reader.rest is not None:
                 self._reader.rest.add_to(self.meter)
@@ -191,17 +192,21 @@ class PpoTrainer(HeadTrainer):
     def _serve(self) -> None:
         """Let the engines serve the weights as they are now, if they do not yet."""
         with self._clock.part("sync"):
-            self._sync.serve(self._state.rounds, self.accelerator.unwrap_model(self.model_wrapped), self._continuation)
+            self._sync.serve(self._state.rounds, self.accelerator.unwrap_model(self.model_wrapped))
 
-    def _continuation(self, token_ids: Sequence[int], start: int) -> list[float]:
-        """The policy's log-probabilities, at temperature 1, of a text's tokens from `start` on."""
-        positions = torch.arange(start - 1, len(token_ids) - 1, device=self.args.device)
+    def _compare_with_engines(self) -> None:
+        """See whether the engines compute with the weights as they are now. Behind a round's answers: before them, the
+        engines would wait for it, and beside them it would take their cores where they share a machine."""
+        with self._clock.part("sync"):
+            self._sync.compare(self._next_log_probs)
+
+    def _next_log_probs(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """(vocab,) the policy's log-probabilities, at temperature 1, of what comes behind a text; on CPU."""
         ids = torch.tensor([list(token_ids)], device=self.args.device)
-        self._trained_positions.choose(positions)
+        self._trained_positions.choose(torch.tensor([len(token_ids) - 1], device=self.args.device))
         with self._scoring():
-            logits = self.model_wrapped(input_ids=ids, use_cache=False).logits[0]
-            found: list[float] = token_scores(logits, ids[0, start:])[0].tolist()
-        return found
+            logits = self.model_wrapped(input_ids=ids, use_cache=False).logits[0, 0]
+        return logits.float().log_softmax(-1).cpu()
 
     @contextmanager
     def _scoring(self) -> Iterator[None]:
@@ -228,7 +233,7 @@ class PpoTrainer(HeadTrainer):
         with self._clock.part("scores"):
             scored = self._score(answers)
         self._kl_coefficient = self._state.kl.coefficient
-        experience = make_experience(answers, scored, rewards, self._stage, self._kl_coefficient, self.args.device)
+        experience = make_experience(answers, scored, rewards, self._stage, self._kl_coefficient)
         measures = round_measures(answers, scored, judged.total)
         if "kl" in measures:
             total = torch.tensor([measures["kl"].sum(), len(answers)], dtype=torch.float64)
@@ -344,6 +349,7 @@ class PpoTrainer(HeadTrainer):
         evaluation = Round(-1 - self.state.global_step, asked, None)
         self._fleet.ask(evaluation)
         self._fleet.collect(evaluation)
+        self._compare_with_engines()
         answers = evaluation.answers or []
         judged = self._judge(answers)
         reward = torch.tensor(judged.total, dtype=torch.float64)

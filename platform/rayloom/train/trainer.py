@@ -36,6 +36,7 @@ from rayloom.train.checkpoints import CheckpointWriter
 from rayloom.train.clock import StepClock
 from rayloom.train.config import TrainConfig
 from rayloom.train.evaluate import evaluate
+from rayloom.train.frozen_head import FrozenHeadLoss
 from rayloom.train.guard import GradientGuard
 from rayloom.train.meter import BatchCount, StepCount, StreamMeter
 from rayloom.train.monitor import answer
@@ -197,8 +198,10 @@ class StreamTrainer(transformers.Trainer):
         self.meter.skipped_steps += 1
 
     def _loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
-        self._trained_positions.choose(inputs.pop("positions"))
-        if self.compute_loss_func is not None:
+        loss = self.compute_loss_func
+        take = loss.take if isinstance(loss, FrozenHeadLoss) else None
+        self._trained_positions.choose(inputs.pop("positions"), take=take)
+        if loss is not None:
             del inputs["shift_labels"]  # without labels the model computes no loss of its own
         return super().compute_loss(model, inputs, *args, **kwargs)
 

@@ -23,6 +23,7 @@ from rayloom.config.job import JobConfig
 from rayloom.data.deal import Shard
 from rayloom.data.reference import ReferenceTable, read_table
 from rayloom.errors import JobError, RequestError
+from rayloom.losses.token import cross_entropy
 from rayloom.methods.attach import attach_method
 from rayloom.methods.config import LoraConfig, MethodConfig
 from rayloom.methods.optimizers.build import optim_name
@@ -39,6 +40,7 @@ from rayloom.remote import Remote
 from rayloom.stages.reference import ReferencePlace
 from rayloom.stages.step_loss import step_loss, token_loss
 from rayloom.train.deepspeed import deepspeed_config, engine_of, inference_config
+from rayloom.train.frozen_head import FrozenHeadLoss, frozen_head
 from rayloom.train.kernels import load_cpu_kernels
 from rayloom.train.kto_trainer import KtoTrainer
 from rayloom.train.meter import StreamMeter
@@ -200,11 +202,10 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
             meter, _ = StreamMeter.load(Path(folder))
             if isinstance(arguments.deepspeed, dict):
                 folder = str(fitting_checkpoint(Path(folder), scratch / "fitting", rank, workers, arguments.deepspeed))
-        of_token = token_loss(job.stage)
         trainer = _TRAINERS[job.stage.type](
             model=model,
             stage=job.stage,
-            compute_loss_func=of_token and step_loss(of_token, (job.model.moe_aux_loss or 0.0) / batches_per_step),
+            compute_loss_func=_loss_function(job, model, batches_per_step),
             optimizer_config=job.optimizer,
             args=arguments,
             processing_class=tokenizer,
@@ -335,6 +336,15 @@ def _upload(saved: Path, place: Path | Remote) -> None:
             place.upload(saved)
         except OSError as error:
             raise JobError(f"the trained model is not stored: {error}") from error
+
+
+def _loss_function(job: JobConfig, model: Any, batches_per_step: int) -> Any:
+    """What transformers' Trainer computes the loss by; None: the model itself, or a trainer of our own."""
+    of_token = token_loss(job.stage)
+    plain = job.model.kernels == "none" and job.model.moe_aux_loss is None and job.train.deepspeed != "zero3"
+    if job.stage.type in ("pretrain", "sft") and plain and (head := frozen_head(model)) is not None:
+        return FrozenHeadLoss(head, of_token or cross_entropy)
+    return of_token and step_loss(of_token, (job.model.moe_aux_loss or 0.0) / batches_per_step)
 
 
 def _weight_dtype(job: JobConfig, precision: Precision) -> torch.dtype:

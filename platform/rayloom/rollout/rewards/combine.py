@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from rayloom.losses.moments import Moments
 from rayloom.rollout.rewards.config import (
     AdapterReward,
     FormatReward,
@@ -17,7 +18,6 @@ from rayloom.rollout.rewards.config import (
 )
 from rayloom.rollout.rewards.function import FunctionScore
 from rayloom.rollout.rewards.http import HttpScore
-from rayloom.rollout.rewards.moments import Moments
 from rayloom.rollout.rewards.rules import FormatMatch, LengthPenalty, Unfinished
 from rayloom.rollout.rewards.source import Answered, RewardSource
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from rayloom.config.part import ConfigPart, Number, Whole
 
@@ -37,13 +38,29 @@ class HttpReward(Reward):
     """`http`: `POST` of `{"prompts": [...], "answers": [...], "references": [...]}`, answered by
     `{"scores": [...]}`."""
     url: str = Field(pattern=r"^https?://.+")
-    """Address of the server."""
+    """Address of the server: `http://HOST:PORT/PATH`, what is not ASCII in it percent-encoded."""
     batch_size: Whole = Field(default=32, ge=1)
     """Texts in one request, at least 1."""
     timeout: Number = Field(default=30.0, gt=0)
-    """Seconds for one request, above 0."""
+    """Seconds for one request, from the connection to the answer's last byte, above 0."""
     retries: Whole = Field(default=3, ge=0)
     """How often a request that failed is made again, 0 or above."""
+
+    @field_validator("url")
+    @classmethod
+    def _is_an_address(cls, url: str) -> str:
+        odd = next((letter for letter in url if not "!" <= letter <= "~"), None)
+        if odd is not None:
+            raise ValueError(f"{url!r}: {odd!r} cannot stand in an address; write it percent-encoded, a host in ASCII")
+        try:
+            parts = urlsplit(url)
+            if not parts.hostname:
+                raise ValueError("it names no host")
+            if parts.netloc.endswith(":") or parts.port == 0:  # reading the port refuses what is no number of one
+                raise ValueError("behind the colon of the host there is no port")
+        except ValueError as error:
+            raise ValueError(f"{url!r} is no address: {error}") from None
+        return url
 
 
 class AdapterReward(Reward):
@@ -82,7 +99,9 @@ class FormatReward(Reward):
     type: Literal["format"]
     """`format`: answers of a form."""
     pattern: str = Field(min_length=1)
-    """Regular expression that the whole answer must match; `.` matches line ends too."""
+    """Regular expression that the whole answer must match, as Python's `re` reads it; `.` matches line ends too."""
+    timeout: Number = Field(default=1.0, gt=0)
+    """Seconds for one answer, above 0: some expressions take years for some texts."""
 
 
 class UnfinishedReward(Reward):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import regex  # type: ignore[import-untyped]  # unlike `re` it can be told when to give up
+
+from rayloom.errors import JobError
 from rayloom.rollout.rewards.config import FormatReward, LengthReward
 from rayloom.rollout.rewards.source import Answered
 
@@ -31,8 +34,17 @@ class FormatMatch:
     config: FormatReward
 
     def score(self, answered: Sequence[Answered]) -> list[float]:
-        pattern = re.compile(self.config.pattern, re.DOTALL)
-        return [float(pattern.fullmatch(one.answer) is not None) for one in answered]
+        pattern = regex.compile(self.config.pattern, regex.DOTALL)
+        return [float(self._matches(pattern, one.answer)) for one in answered]
+
+    def _matches(self, pattern: Any, answer: str) -> bool:
+        try:
+            return pattern.fullmatch(answer, timeout=self.config.timeout) is not None
+        except TimeoutError:
+            raise JobError(
+                f"the trainer waited {self.config.timeout:g} s for the reward format, whether {answer!r:.200} matches "
+                f"{self.config.pattern!r}; write the pattern so that it has fewer ways to match, or raise its timeout"
+            ) from None
 
     def close(self) -> None:
         """Nothing was started."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -42,6 +42,16 @@ class RewardSource(Protocol):
         ...
 
 
+def as_numbers(found: Any) -> list[float] | None:
+    """A sequence of numbers as floats; None: it is something else."""
+    if isinstance(found, str | bytes | Mapping | Set):
+        return None
+    try:
+        return [float(score) for score in found]
+    except (TypeError, ValueError):
+        return None
+
+
 def checked_scores(found: Any, answered: Sequence[Answered], who: str) -> list[float]:
     """The scores as floats.
 
@@ -51,12 +61,9 @@ def checked_scores(found: Any, answered: Sequence[Answered], who: str) -> list[f
     Raises:
         JobError: they are not as many numbers as there are answers.
     """
-    try:
-        if isinstance(found, str | bytes | dict):
-            raise TypeError
-        scores = [float(score) for score in found]
-    except (TypeError, ValueError):
-        raise JobError(f"{who} must give a list of {len(answered)} numbers, not {found!r:.200}") from None
+    scores = as_numbers(found)
+    if scores is None:
+        raise JobError(f"{who} must give a list of {len(answered)} numbers, not {found!r:.200}")
     if len(scores) != len(answered):
         raise JobError(f"{who} gave {len(scores)} numbers for {len(answered)} answers; it must give one for each")
     for score, one in zip(scores, answered, strict=True):

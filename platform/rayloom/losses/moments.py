@@ -10,7 +10,8 @@ from typing import Any
 @dataclass(frozen=True)
 class Moments:
     """Of the numbers so far their count, mean, and summed squares of what they differ from it by; two of them merge
-    (Chan, Golub & LeVeque 1979)."""
+    (Chan, Golub & LeVeque 1983, The American Statistician 37, equation 2.1). Sums of squares themselves would lose the
+    digits of a deviation that is small against the mean."""
 
     count: float = 0.0
     mean: float = 0.0
