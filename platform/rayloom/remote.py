@@ -160,13 +160,14 @@ class Remote:
                 files.rm(f"{path}/{name}".rstrip("/"), recursive=True)
 
     def move_to(self, other: Remote) -> None:
-        """Put all that is there to another place of the same storage, file by file."""
+        """Put all that is there to another place of the same storage. None is deleted until every file is there."""
         with self._telling("moved"):
             files, path = file_system(self.address)
             for name in files.find(path):
                 target = other.path + name[len(path) :]
                 _make_parent(files, target)
-                files.mv(name, target)
+                files.cp_file(name, target)
+        self.delete()
 
     @contextmanager
     def _telling(self, done: str) -> Iterator[None]:

@@ -63,7 +63,7 @@ def stopped(client: JobsClient, work: Path) -> Submission:
 
 
 def _result(submission: Submission) -> dict[str, object]:
-    return json.loads((submission.run_dir / "result.json").read_text())
+    return json.loads((Path(submission.run_dir) / "result.json").read_text())
 
 
 def test_stop_leaves_a_checkpoint(client: JobsClient, work: Path, stopped: Submission) -> None:

@@ -68,7 +68,7 @@ def test_runs_rayloom_train_with_the_overrides(client: Any, work: Path) -> None:
     command, arguments = _entrypoint(client)[:5], _entrypoint(client)[5:]
     assert command == ["python", "-m", "rayloom", "train", "jobs/first.yaml"]
     assert arguments == ["train.epochs=3", "data.train[0].path='data/rows.jsonl'", f"output_dir={output_dir}"]
-    assert submission.run_dir == output_dir / "first"
+    assert submission.run_dir == str(output_dir / "first")
     assert "output_dir" in submission.notes[0]
     assert submission.id == client.submitted["submission_id"]
     assert submission.id.startswith("first-20")
@@ -160,7 +160,7 @@ def test_another_working_directory(client: Any, work: Path, tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     submission = submit(client, "work/jobs/first.yaml", working_dir="work")
     assert _entrypoint(client)[4:] == ["jobs/first.yaml", f"output_dir={tmp_path / 'runs'}"]
-    assert submission.run_dir == tmp_path / "runs" / "first"
+    assert submission.run_dir == str(tmp_path / "runs" / "first")
 
 
 def test_package_follows_ignore_files_of_every_folder(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_every_recipe_is_in_order(recipe, overlay, monkeypatch):
     documents = render(read_job(recipe, overrides), OVERLAYS[overlay])
     check_documents(documents)
     job = yaml.safe_load(documents[0].body["data"]["job.yaml"])
-    assert job["output_dir"].startswith("/shared/")
+    assert job["output_dir"].startswith(("/shared/", "s3://"))
     assert all(item["path"].startswith("/opt/rayloom/jobs/") for item in job["data"]["train"])
 
 

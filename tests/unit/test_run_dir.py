@@ -37,8 +37,13 @@ def an_earlier_run(job: JobConfig, status: str | None = None, steps: int = 0, ep
 
 
 def register(steps: list[int], run: Path) -> None:
+    (run / CHECKPOINTS / "checkpoint_manager_snapshot.json").write_text(json.dumps(snapshot(steps)))
+
+
+def snapshot(steps: list[int]) -> dict[str, Any]:
+    """Ray Train's list of these checkpoints."""
     results = [{"checkpoint_dir_name": f"step-{step:08d}", "metrics": {"step": step}} for step in steps]
-    snapshot = {
+    return {
         "ray_version": ray.__version__,
         "checkpoint_results": results,
         "checkpoint_report_indices": list(range(len(results))),
@@ -50,7 +55,6 @@ def register(steps: list[int], run: Path) -> None:
         "timed_out_validation_checkpoint_dir_names": [],
         "failed_validation_checkpoint_dir_names": [],
     }
-    (run / CHECKPOINTS / "checkpoint_manager_snapshot.json").write_text(json.dumps(snapshot))
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:

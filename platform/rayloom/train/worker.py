@@ -329,15 +329,6 @@ def _cached(
     return work.run(shard.batches(train.batch_size), eval_tables() if eval_tables else [], scorer)
 
 
-def _loss_function(job: JobConfig, model: Any, batches_per_step: int) -> Any:
-    """What transformers' Trainer computes the loss by; None: the model itself, or a trainer of our own."""
-    of_token = token_loss(job.stage)
-    plain = job.model.kernels == "none" and job.model.moe_aux_loss is None and job.train.deepspeed != "zero3"
-    if job.stage.type in ("pretrain", "sft") and plain and (head := frozen_head(model)) is not None:
-        return FrozenHeadLoss(head, of_token or cross_entropy)
-    return of_token and step_loss(of_token, (job.model.moe_aux_loss or 0.0) / batches_per_step)
-
-
 def _upload(saved: Path, place: Path | Remote) -> None:
     """Put a model that was saved here to its address, if it has one."""
     if isinstance(place, Remote):
@@ -345,6 +336,15 @@ def _upload(saved: Path, place: Path | Remote) -> None:
             place.upload(saved)
         except OSError as error:
             raise JobError(f"the trained model is not stored: {error}") from error
+
+
+def _loss_function(job: JobConfig, model: Any, batches_per_step: int) -> Any:
+    """What transformers' Trainer computes the loss by; None: the model itself, or a trainer of our own."""
+    of_token = token_loss(job.stage)
+    plain = job.model.kernels == "none" and job.model.moe_aux_loss is None and job.train.deepspeed != "zero3"
+    if job.stage.type in ("pretrain", "sft") and plain and (head := frozen_head(model)) is not None:
+        return FrozenHeadLoss(head, of_token or cross_entropy)
+    return of_token and step_loss(of_token, (job.model.moe_aux_loss or 0.0) / batches_per_step)
 
 
 def _weight_dtype(job: JobConfig, precision: Precision) -> torch.dtype:

@@ -1,0 +1,158 @@
+"""A run directory on object storage: a run that was killed goes on from there, on a machine that has nothing of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.object_storage import BUCKET, storage_server
+from tests.ray.small_jobs import job, metrics, run, write_rows
+
+from rayloom.config.job import JobConfig
+from rayloom.config.read import dump_job
+from rayloom.errors import JobError
+from rayloom.remote import Remote
+from rayloom.train.checkpoints import SNAPSHOT
+
+pytestmark = [pytest.mark.usefixtures("connected"), pytest.mark.timeout(600)]
+
+STEPS, KILL_AT = 40, 17
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Started after Ray, whose processes know nothing of its keys but what a job brings."""
+    with storage_server(tmp_path_factory.mktemp("server") / "log") as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def sets(tmp_path: Path) -> list[dict[str, Any]]:
+    return [{"path": str(write_rows(tmp_path / "rows.jsonl", 200))}]
+
+
+def make(model: Path, output: str | Path, sets: list[dict[str, Any]], **train: Any) -> JobConfig:
+    slow = {"batch_size": 8, "gradient_accumulation": 4, "max_steps": STEPS, "save_steps": 5}
+    return job(model, output, sets, train={**slow, "keep_checkpoints": 2, "learning_rate": 1e-3, **train})
+
+
+def start(config: JobConfig, folder: Path, *overrides: str) -> subprocess.Popen[bytes]:
+    """The command in a process of its own, with a temporary folder that can be taken away."""
+    file, scratch = folder / "job.yaml", folder / "scratch"
+    file.write_text(dump_job(config), encoding="utf-8")
+    scratch.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "rayloom", "train", str(file), *overrides]
+    return subprocess.Popen(command, env={**os.environ, "TMPDIR": str(scratch)}, cwd=folder)
+
+
+def rows_at(place: Remote) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (place.read("metrics.jsonl") or b"").splitlines()]
+
+
+def steps_at(place: Remote) -> set[str]:
+    return {name for name in (place / "checkpoints").names() if name.startswith("step-")}
+
+
+def test_a_killed_run_goes_on_elsewhere(
+    server: str, tiny_model: Path, sets: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    whole = make(tiny_model, tmp_path / "whole", sets)
+    run(whole)
+    config = make(tiny_model, f"s3://{BUCKET}/runs", sets)
+    place = Remote.at(config.run_place)
+    process = start(config, tmp_path)
+    deadline = time.monotonic() + 200
+    while True:  # until a checkpoint counts, and some steps more
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        rows = rows_at(place)
+        if rows and rows[-1]["step"] >= KILL_AT and (place / "checkpoints").read(SNAPSHOT):
+            break
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    shutil.rmtree(tmp_path / "scratch")
+    time.sleep(3)  # Ray ends what the driver has left
+    rows = rows_at(place)
+    assert rows[-1]["step"] < STEPS
+    assert place.read("result.json") is None
+    # An upload that broke off: all of a checkpoint may be there, but nothing says that it is whole.
+    newest = max(steps_at(place))
+    (place / "checkpoints" / newest).download(tmp_path / "broken")
+    (place / "checkpoints" / "step-00000038").upload(tmp_path / "broken")
+
+    process = start(config, tmp_path, "resume=true")
+    assert process.wait(timeout=200) == 0
+    result = json.loads(place.read("result.json") or b"")
+    assert (result["status"], result["steps"], result["breaks"]) == ("finished", STEPS, [])
+    assert result["model_dir"] == f"s3://{BUCKET}/runs/run/model"
+    numbers = [
+        [(row["step"], row["loss"], row["grad_norm"]) for row in part] for part in (metrics(whole), rows_at(place))
+    ]
+    assert numbers[0] == numbers[1]
+    weights = [
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (whole.run_dir / "model", (place / "model").download(tmp_path / "model"))
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert steps_at(place) == {"step-00000035", "step-00000040"}
+    assert place.names() >= {"job.yaml", "data.json", "metrics.jsonl", "result.json", "loss.png", "model"}
+    assert not [*(tmp_path / "scratch").glob("rayloom-run-*")]
+
+
+@pytest.mark.slow
+def test_two_workers_and_the_best_checkpoint(
+    server: str, tiny_model: Path, sets: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """Each worker of ZeRO writes its own part, and the best is read back from the storage."""
+    train = {"workers": 2, "deepspeed": "zero2", "best_metric": "eval_loss", "eval_steps": 5, "learning_rate": 3e-2}
+    parts = []
+    for output in (tmp_path / "folder", f"s3://{BUCKET}/two"):
+        config = make(tiny_model, output, sets, **train)
+        config = config.model_copy(update={"data": config.data.model_copy(update={"held_out": 0.2})})
+        parts.append(run_anywhere(config, tmp_path / f"model-{len(parts)}"))
+    assert parts[0][0] == parts[1][0]
+    assert all(torch.equal(parts[0][1][name], parts[1][1][name]) for name in parts[0][1])
+
+
+def run_anywhere(config: JobConfig, folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
+    """What was best, and the weights."""
+    from rayloom.train.driver import run_job
+
+    result = run_job(config, started=time.time())
+    if config.output_folder is None:
+        (Remote.at(config.run_place) / "model").download(folder)
+    else:
+        folder = config.run_dir / "model"
+    return result["best"], load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.slow
+def test_a_storage_that_begins_to_refuse(tiny_model: Path, sets: list[dict[str, Any]], tmp_path: Path) -> None:
+    """It is said which, and why, and where the driver's files are."""
+    with storage_server(tmp_path / "log"):
+        config = make(tiny_model, f"s3://{BUCKET}/refused", sets, max_steps=200)
+        place = Remote.at(config.run_place)
+
+        def refuse() -> None:
+            while not rows_at(place):
+                time.sleep(0.1)
+            Remote.at(f"s3://{BUCKET}").delete()  # the bucket, with all that is in it
+
+        thread = threading.Thread(target=refuse, daemon=True)
+        thread.start()
+        with pytest.raises(
+            JobError, match=rf"s3://{BUCKET}/refused/run/checkpoints/step-\d+ cannot be written: .*bucket"
+        ):
+            run_anywhere(config, tmp_path / "model")
