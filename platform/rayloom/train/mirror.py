@@ -74,6 +74,7 @@ class Mirror:
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
+            self._thread = None
 
     def finish(self) -> None:
         """Copy all that is left, `result.json` last.
