@@ -11,7 +11,7 @@ from rayloom.config.document import parse_value
 from rayloom.config.read import read_job
 from rayloom.errors import RequestError
 
-TOP = "name, output_dir, resume, overwrite, model, method, data, stage, rewards, rollout, train, optimizer"
+TOP = "name, output_dir, resume, overwrite, model, method, data, stage, rewards, rollout, train, optimizer, search"
 
 
 def refusal(path: Path, *overrides: str) -> list[str]:
