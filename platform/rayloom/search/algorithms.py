@@ -6,7 +6,6 @@ from typing import Any
 
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
-from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from rayloom.search.config import SearchConfig
 from rayloom.search.plan import SearchPlan
@@ -25,7 +24,7 @@ def space_of(plan: SearchPlan) -> dict[str, Any]:
 
 
 def searcher_of(search: SearchConfig) -> Any:
-    """Who proposes values."""
+    """Who proposes values; None: Tune takes the points in their order."""
     if search.searcher == "optuna":
         import optuna
         from ray.tune.search.optuna import OptunaSearch
@@ -36,7 +35,7 @@ def searcher_of(search: SearchConfig) -> Any:
         from ray.tune.search.hyperopt import HyperOptSearch
 
         return HyperOptSearch(metric=search.metric, mode=search.mode, random_state_seed=search.seed)
-    return BasicVariantGenerator()
+    return None
 
 
 def scheduler_of(search: SearchConfig) -> Any:

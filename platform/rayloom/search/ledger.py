@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from typing import Any
 
+import ray
 from ray import tune
 
 from rayloom.errors import first_line
 from rayloom.search.plan import TRIALS, SearchPlan
 from rayloom.search.results import FAILED, FINISHED, STOPPED, read_ledger, write_ledger
-from rayloom.search.trial import ENDED, PERCENT, REFUSED, point_of
+from rayloom.search.trial import ENDED, PAUSED, PERCENT, REFUSED, point_of
 
 _WRITE_SECONDS = 5.0
+_END_SECONDS = 600.0
 
 
 class StopWhenRefused(tune.Stopper):
@@ -38,6 +41,7 @@ class LedgerWriter(tune.Callback):
         self._plan = plan
         self._ledger: dict[str, Any] = {}
         self._written = 0.0
+        self._paused: set[str] = set()
 
     def setup(self, *args: Any, **info: Any) -> None:
         """Begin, or go on with what a search that was killed had written."""
@@ -58,7 +62,11 @@ class LedgerWriter(tune.Callback):
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **i: Any) -> None:
         """A value of the metric has come."""
         metric = self._plan.search.metric
-        if REFUSED in result:
+        if PAUSED in result:
+            self._paused.add(str(trial))
+            if self._paused >= {str(one) for one in trials if one.status == "RUNNING"}:
+                signal.raise_signal(signal.SIGUSR1)  # how Tune is told to leave its trials for another time
+        elif REFUSED in result:
             self._ledger[REFUSED] = result[REFUSED]
             self._write()
         elif ENDED not in result and metric in result:
@@ -71,7 +79,10 @@ class LedgerWriter(tune.Callback):
                 self._write()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial has come to its end, or was stopped."""
+        """A trial has come to its end, or was stopped. Then its job ends first: when the search is over, Tune gives its
+        processes five seconds."""
+        if actor := trial.temporary_state.ray_actor:
+            ray.get(actor.end_job.remote(), timeout=_END_SECONDS)
         self._end(trial, FINISHED if ENDED in trial.last_result else STOPPED)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -80,8 +80,6 @@ def _check_folder(plan: SearchPlan) -> RunDir:
         raise RequestError(f"resume: there is no search in {folder}; start without resume=true")
     before = read_job(folder / "job.yaml").model_dump()
     now = job.model_copy(update={"resume": False}).model_dump()
-    for both in (before, now):
-        both["search"].pop("concurrent")
     if changed := [key for key in now if now[key] != before[key]]:
         raise RequestError(
             f"resume: {', '.join(changed)} differs from the search's own ({folder / 'job.yaml'}); "
@@ -135,7 +133,6 @@ def _tune(plan: SearchPlan, at_once: int) -> None:
             raise KeyboardInterrupt  # Tune has not begun
         print(f"{name}: the trials save a checkpoint and stop; once more stops at once", flush=True)
         monitor.request_stop.remote()
-        signal.raise_signal(signal.SIGUSR1)  # how Tune is told to leave its trials for another time
 
     if plan.job.resume and tune.Tuner.can_restore(state):
         tuner = tune.Tuner.restore(state, trainable, resume_unfinished=True)

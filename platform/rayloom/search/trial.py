@@ -34,8 +34,8 @@ POINT = "point"
 """Where a trial's Tune config has its point, if it was drawn beforehand."""
 PERCENT = "percent"
 """In a result: how much of the trial's training is done. What schedulers take for the time."""
-ENDED, REFUSED = "ended", "refused"
-"""In a result: the job has come to its end; the search makes no sense, and why."""
+ENDED, REFUSED, PAUSED = "ended", "refused", "paused"
+"""In a result: the job has come to its end; the search makes no sense, and why; the job was told to stop."""
 _POLL_SECONDS = 1.0
 
 
@@ -83,7 +83,7 @@ class TrialRun(tune.Trainable):
                     raise event
                 if "status" in event:  # the job's result
                     if event["status"] == "stopped":
-                        return dict(self._last)
+                        return {**self._last, PAUSED: True}
                     if not self._last:
                         return {"done": True, REFUSED: str(self._metric.missing())}
                     return {**self._last, "done": True, ENDED: True}
@@ -96,10 +96,14 @@ class TrialRun(tune.Trainable):
                 self._last = {self._metric.name: value, "step": event["step"], PERCENT: 100 * event["progress"]}
                 return dict(self._last)  # Tune writes into it
 
-    def cleanup(self) -> None:
-        """End the job with a checkpoint, if it has not ended."""
+    def end_job(self) -> None:
+        """End the job with a checkpoint, if it has not ended; return when its workers have."""
         self._stop.set()
         self._thread.join()
+
+    def cleanup(self) -> None:
+        """Before the process ends."""
+        self.end_job()
 
     def _next(self) -> Any:
         while True:
