@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,11 +20,10 @@ from tests.ray.small_jobs import job, metrics, run, write_rows
 
 from rayloom.config.job import JobConfig
 from rayloom.config.read import dump_job
-from rayloom.errors import JobError
 from rayloom.remote import Remote
 from rayloom.train.checkpoints import SNAPSHOT
 
-pytestmark = [pytest.mark.usefixtures("connected"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("connected"), pytest.mark.timeout(600)]
 
 STEPS, KILL_AT = 40, 17
 
@@ -109,50 +107,3 @@ def test_a_killed_run_goes_on_elsewhere(
     assert steps_at(place) == {"step-00000035", "step-00000040"}
     assert place.names() >= {"job.yaml", "data.json", "metrics.jsonl", "result.json", "loss.png", "model"}
     assert not [*(tmp_path / "scratch").glob("rayloom-run-*")]
-
-
-@pytest.mark.slow
-def test_two_workers_and_the_best_checkpoint(
-    server: str, tiny_model: Path, sets: list[dict[str, Any]], tmp_path: Path
-) -> None:
-    """Each worker of ZeRO writes its own part, and the best is read back from the storage."""
-    train = {"workers": 2, "deepspeed": "zero2", "best_metric": "eval_loss", "eval_steps": 5, "learning_rate": 3e-2}
-    parts = []
-    for output in (tmp_path / "folder", f"s3://{BUCKET}/two"):
-        config = make(tiny_model, output, sets, **train)
-        config = config.model_copy(update={"data": config.data.model_copy(update={"held_out": 0.2})})
-        parts.append(run_anywhere(config, tmp_path / f"model-{len(parts)}"))
-    assert parts[0][0] == parts[1][0]
-    assert all(torch.equal(parts[0][1][name], parts[1][1][name]) for name in parts[0][1])
-
-
-def run_anywhere(config: JobConfig, folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
-    """What was best, and the weights."""
-    from rayloom.train.driver import run_job
-
-    result = run_job(config, started=time.time())
-    if config.output_folder is None:
-        (Remote.at(config.run_place) / "model").download(folder)
-    else:
-        folder = config.run_dir / "model"
-    return result["best"], load_file(folder / "adapter_model.safetensors")
-
-
-@pytest.mark.slow
-def test_a_storage_that_begins_to_refuse(tiny_model: Path, sets: list[dict[str, Any]], tmp_path: Path) -> None:
-    """It is said which, and why, and where the driver's files are."""
-    with storage_server(tmp_path / "log"):
-        config = make(tiny_model, f"s3://{BUCKET}/refused", sets, max_steps=200)
-        place = Remote.at(config.run_place)
-
-        def refuse() -> None:
-            while not rows_at(place):
-                time.sleep(0.1)
-            Remote.at(f"s3://{BUCKET}").delete()  # the bucket, with all that is in it
-
-        thread = threading.Thread(target=refuse, daemon=True)
-        thread.start()
-        with pytest.raises(
-            JobError, match=rf"s3://{BUCKET}/refused/run/checkpoints/step-\d+ cannot be written: .*bucket"
-        ):
-            run_anywhere(config, tmp_path / "model")
