@@ -67,10 +67,10 @@ def _result(submission: Submission) -> dict[str, object]:
 
 
 def test_stop_leaves_a_checkpoint(client: JobsClient, work: Path, stopped: Submission) -> None:
-    assert stopped.run_dir == work / "runs" / "squares"
+    assert Path(stopped.run_dir) == work / "runs" / "squares"
     assert _result(stopped)["status"] == "stopped"
     steps = _result(stopped)["steps"]
-    folders = [path for path in (stopped.run_dir / "checkpoints").iterdir() if path.is_dir()]
+    folders = [path for path in (Path(stopped.run_dir) / "checkpoints").iterdir() if path.is_dir()]
     assert folders, f"no checkpoint after {steps} steps"
     assert "SIGTERM: saving a checkpoint" in job_logs(client, stopped.id)
     assert stop_job(client, stopped.id).status == "STOPPED"  # once more does no harm
@@ -96,7 +96,7 @@ def test_resumed_job_goes_on_to_its_end(client: JobsClient, stopped: Submission)
     assert steps[0] > goal - 10
     assert steps[-1] == goal
     assert _result(resumed)["status"] == "finished"
-    assert (resumed.run_dir / "model" / "config.json").exists()
+    assert (Path(resumed.run_dir) / "model" / "config.json").exists()
 
 
 def test_job_that_fails_tells_how(client: JobsClient, stopped: Submission) -> None:
