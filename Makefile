@@ -48,7 +48,7 @@ bench: setup ## measure training speed on this machine
 bench-memory: setup ## measure the memory of each memory-saving technique (needs bitsandbytes for two rows)
 	$(RUN) .venv/bin/python tests/bench/bench_memory.py
 
-bench-ppo: setup ## measure engines against generation in the trainer, and one base against four models (six minutes)
+bench-ppo: setup ## measure engines against generation in the trainer, and the memory of one base against four models
 	$(RUN) .venv/bin/python tests/bench/bench_ppo.py
 	$(RUN) .venv/bin/python tests/bench/bench_ppo_memory.py
 

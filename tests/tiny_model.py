@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 CHAT_TEMPLATE = """{%- for message in messages -%}
 {{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
@@ -69,3 +70,16 @@ def make_tiny_model(folder: str | Path, *, seed: int = 0) -> Path:
         )
     model.save_pretrained(folder)
     return folder
+
+
+def small_model(name: str = "Llama", **options: Any) -> Any:
+    """A random model of one of transformers' types, by the name that its `...Config` begins with; always the same."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=64, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=12, **options,
+    )  # fmt: skip
+    return transformers.AutoModelForCausalLM.from_config(config)

@@ -6,23 +6,16 @@ from functools import partial
 import peft
 import pytest
 import torch
-import transformers
+from tests.tiny_model import small_model
 
 from rayloom.losses.token import cross_entropy, dft, eaft
 from rayloom.train import frozen_head as module
 from rayloom.train.batch import TrainedPositions
 from rayloom.train.frozen_head import FrozenHeadLoss, frozen_head
 
-_SIZES = {
-    "vocab_size": 64, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 12,
-}  # fmt: skip
-
 
 def _model(name="Llama", **options):
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**_SIZES, **options)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = small_model(name, **options)
     return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
 
 

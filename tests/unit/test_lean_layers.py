@@ -7,20 +7,14 @@ import psutil
 import pytest
 import torch
 import transformers
+from tests.tiny_model import small_model
 
 from rayloom.methods.lora_product import use_lean_products
 from rayloom.models.lean_layers import use_lean_layers
 
-_SIZES = {
-    "vocab_size": 64, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 12,
-}  # fmt: skip
 
-
-def _model(name="Llama", **options):
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**_SIZES, **options)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+def _model(name="Llama"):
+    model = small_model(name)
     for weight in model.parameters():
         if weight.dim() == 1:  # a norm's, else all 1
             torch.nn.init.uniform_(weight, 0.5, 1.5)
