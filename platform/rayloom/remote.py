@@ -49,7 +49,8 @@ def file_system(address: str) -> tuple[Any, str]:
 @dataclass(frozen=True)
 class Remote:
     """A folder at an address. It takes the variables that give access (`AWS_*` and the like) along to the processes
-    that it is sent to, where they are not set already: with its own bytes, not in a runtime environment, which Ray lists.
+    that it is sent to, where they are not set already: with its own bytes, not in a runtime environment, which Ray
+    lists.
 
     Every method but `check` raises OSError, which names the address and the reason.
     """

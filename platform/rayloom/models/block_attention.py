@@ -1,9 +1,9 @@
 """Causal attention in 16 bits on CPU, a block of queries at a time, by matrix products.
 
 PyTorch's own kernel for CPU multiplies small tiles, far below the rate of a large product in bf16
-(tests/bench/NOTES.md). Here a block of queries meets all keys up to its last one in one product; heads that share their keys
-(Ainslie et al. 2023, https://arxiv.org/abs/2305.13245) are one matrix's rows. As in FlashAttention (Dao et al. 2022,
-https://arxiv.org/abs/2205.14135) no probabilities are kept: the backward pass makes a block's again.
+(tests/bench/NOTES.md). Here a block of queries meets all keys up to its last one in one product; heads that share their
+keys (Ainslie et al. 2023, https://arxiv.org/abs/2305.13245) are one matrix's rows. As in FlashAttention (Dao et al.
+2022, https://arxiv.org/abs/2205.14135) no probabilities are kept: the backward pass makes a block's again.
 """
 
 from __future__ import annotations
