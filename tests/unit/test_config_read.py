@@ -145,7 +145,7 @@ def test_missing_file_folder_and_binary(tmp_path):
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 METHODS = "lora, full, freeze, oft, adapter, prompt, p_tuning, prefix, ia3, vera, peft"
-TOP = "name, output_dir, resume, overwrite, model, method, data, stage, rewards, rollout, train, optimizer"
+TOP = "name, output_dir, resume, overwrite, model, method, data, stage, rewards, rollout, train, optimizer, search"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import click
 from rayloom import __version__
 from rayloom.cli.k8s import k8s
 from rayloom.cli.options import ADDRESS, JOB_FILE, OVERRIDES
+from rayloom.cli.search import tune
 from rayloom.errors import JobError, RequestError
 
 STARTED = time.time()
@@ -29,6 +30,7 @@ def cli() -> None:
     rayloom train jobs/demo.yaml train.epochs=2 name=two  the same, changed
     rayloom data preview jobs/demo.yaml                   see what it would train on
     rayloom submit jobs/demo.yaml --follow                run it on a cluster
+    rayloom tune jobs/search/learning-rate.yaml           search for better values
     """
 
 
@@ -278,6 +280,7 @@ def stats(job_file: str, overrides: tuple[str, ...], picture: str | None) -> Non
         click.echo(f"drawn: {picture}")
 
 
+cli.add_command(tune)
 cli.add_command(k8s)
 
 

@@ -15,6 +15,7 @@ from rayloom.models.config import ModelConfig
 from rayloom.remote import is_remote
 from rayloom.rollout.config import RolloutConfig
 from rayloom.rollout.rewards.config import RewardsConfig
+from rayloom.search.config import SearchConfig
 from rayloom.stages.config import SftConfig, StageConfig
 from rayloom.train.config import TrainConfig
 
@@ -44,6 +45,8 @@ class JobConfig(ConfigPart):
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = AdamWConfig()
     """What turns gradients into steps, told by its `type`; `train` has the learning rate and the weight decay."""
+    search: SearchConfig | None = None
+    """For `rayloom tune`: trials of this job with other values."""
 
     @field_validator("method", mode="before")
     @classmethod

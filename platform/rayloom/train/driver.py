@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -32,6 +32,7 @@ from rayloom.stages.prepare import make_encoder, plan_data, prepare_eval, segmen
 from rayloom.stages.reference import reference_place
 from rayloom.stages.rules import check_stage
 from rayloom.train.deepspeed import read_deepspeed_json
+from rayloom.train.host import Host
 from rayloom.train.launch import Work
 from rayloom.train.ppo_rules import check_ppo
 from rayloom.train.ray_session import prepare_environment, ray_session
@@ -43,26 +44,24 @@ _SEGMENTS_AT_ONCE = 10_000
 _TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree")  # say on import which of their kernels are not there
 
 
-def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[str, Any]:
+def run_job(job: JobConfig, *, started: float, verbose: bool = False, host: Host | None = None) -> dict[str, Any]:
     """Run a job to its end, or to a checkpoint when it is told to stop. Returns what `result.json` holds.
 
     Args:
         started: time of day (seconds) at which the user asked for it, for the report of the start-up's phases.
+        host: who runs it from within a Ray session, and listens; None: the job has a session of its own.
 
     Raises:
         RequestError: the request was wrong; nothing was written.
         JobError: the job failed; the run directory says how far it came.
     """
     phases = {"start": started}
-    prepare_environment()
+    if host is None:
+        prepare_environment()
     for library in _TALKATIVE:
         logging.getLogger(library).setLevel(logging.ERROR)
     run = check_run_dir(job)
-    check_combination(job)
-    check_stage(job)
-    check_ppo(job)
-    check_environment(job.optimizer, job.train.device)
-    check_trackers(job)
+    check_parts(job)
     deepspeed = read_deepspeed_json(job.train)
     plan = plan_data(job)
     eval_plan = prepare_eval(job)
@@ -72,8 +71,7 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
         choose_precision(job.train.precision, "cpu", bf16=computes_bf16("cpu"))
 
     with collector_off():  # these import torch and transformers
-        _check_model(job, job.train.device)
-        _check_method(job)
+        check_model_and_method(job, job.train.device)
         if job.stage.type == "ppo":
             from rayloom.train.ppo_check import (  # these load torch
                 check_lengths_and_heads,
@@ -89,14 +87,18 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
     first = _first_segment(job, plan, encoder, options)
     phases["checks"] = time.time()
 
-    with Reporter() as reporter, ray_session(verbose=verbose) as own_cluster:
+    session = ray_session(verbose=verbose) if host is None else nullcontext(False)
+    asked = job.train if host is None else host.patient(job.train)
+    with Reporter() as reporter, session as own_cluster:
         # These load Ray, which reads what `prepare_environment` has set.
         from rayloom.train.engines import engine_bundles, engines_of
         from rayloom.train.execution import Execution
         from rayloom.train.resources import settle_workers
 
         phases["ray"] = time.time()
-        train, resources = settle_workers(job.train, wait=not own_cluster, beside=partial(engine_bundles, job))
+        train, resources = settle_workers(
+            asked, wait=not own_cluster, beside=partial(engine_bundles, job), jobs=host.jobs if host else 1
+        )
         has_bf16 = resources.device == "gpu" or computes_bf16("cpu")
         precision = choose_precision(job.train.precision, resources.device, bf16=has_bf16)
         _check_model(job, resources.device)
@@ -111,7 +113,7 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
         settled = job.model_copy(update={"train": train})
         work = Work(
             job=settled,
-            asked=job.train,
+            asked=asked,
             run=run,
             plan=plan,
             eval_plan=eval_plan,
@@ -137,7 +139,30 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
                 raise
             if fleet is not None:
                 phases["engines"] = time.time()
-            return Execution(replace(work, fleet=fleet), reporter, phases).run()
+            return Execution(replace(work, fleet=fleet), reporter, phases, host).run()
+
+
+def check_parts(job: JobConfig) -> None:
+    """Refuse what the job's parts say against each other; reads no data and no model.
+
+    Raises:
+        RequestError: naming the key and what would be right.
+    """
+    check_combination(job)
+    check_stage(job)
+    check_ppo(job)
+    check_environment(job.optimizer, job.train.device)
+    check_trackers(job)
+
+
+def check_model_and_method(job: JobConfig, device: str) -> None:
+    """Refuse what does not go with the model, whose weights are not read. Imports torch.
+
+    Raises:
+        RequestError: naming the key and what would be right.
+    """
+    _check_model(job, device)
+    _check_method(job)
 
 
 def _check_model(job: JobConfig, device: str) -> None:

@@ -23,6 +23,7 @@ from rayloom.data.rows import COUNTERS, CUT, DROP_REASONS, HELD_OUT, TOKENS_CUT
 from rayloom.errors import JobError, RequestError
 from rayloom.train.checkpoints import keep_snapshot
 from rayloom.train.faults import draining_nodes, fault_of
+from rayloom.train.host import Host
 from rayloom.train.launch import Work, ray_trainer
 from rayloom.train.monitor import answer, start_monitor
 from rayloom.train.report import Reporter, mean_loss, plot_loss, plot_reward
@@ -39,8 +40,8 @@ _VERSIONS = ("ray", "torch", "transformers", "peft", "accelerate", "deepspeed")
 class Execution:
     """What the driver does from the first worker to `result.json`."""
 
-    def __init__(self, work: Work, reporter: Reporter, phases: dict[str, float]) -> None:
-        self._work, self._reporter, self._phases = work, reporter, phases
+    def __init__(self, work: Work, reporter: Reporter, phases: dict[str, float], host: Host | None = None) -> None:
+        self._work, self._reporter, self._phases, self._host = work, reporter, phases, host
         self._asked = work.asked
         self._trackers: Trackers | None = None  # from the first row of metrics on
         self._monitor = start_monitor()
@@ -68,6 +69,8 @@ class Execution:
                 thread.start()
                 while thread.is_alive():
                     thread.join(_POLL_SECONDS)
+                    if self._host is not None and self._host.stop.is_set() and not self._stop_asked:
+                        self._ask_to_stop("told to end")
                     self._collect()
                     self._watch()
             self._collect()
@@ -136,7 +139,7 @@ class Execution:
         step = self._work.run.cut_back()
         self._breaks.append({"kind": kind, "what": what, "time": time.time(), "from_step": step})
         self._reporter.say(f"{what}; goes on from step {step}")
-        train, resources = settle_workers(self._asked, wait=True)
+        train, resources = settle_workers(self._asked, wait=True, jobs=self._host.jobs if self._host else 1)
         job = self._work.job.model_copy(update={"train": train})
         self._work = replace(self._work, job=job, resources=resources)
         self._tried_to_grow = time.monotonic()
@@ -200,6 +203,8 @@ class Execution:
             if self._trackers is None:
                 self._trackers = Trackers(self._work.job, run.path, self._reporter.say)
             self._trackers.log(event["row"])
+            if self._host is not None:
+                self._host.take(event["row"])
 
     # --- the end ------------------------------------------------------------------------------------------------------
 

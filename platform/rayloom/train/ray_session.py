@@ -34,15 +34,20 @@ def prepare_environment() -> None:
 
     A Ray of our own authenticates with a fresh token that no file holds, unless the user has said how.
     """
+    set_variables()
+    if not os.environ.get("RAY_ADDRESS") and "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def set_variables() -> None:
+    """What a driver's environment says to Ray Train and DeepSpeed, whoever has started Ray."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # DeepSpeed compiles with the `ninja` that stands beside this Python, whether or not its environment is activated.
     own_folder = str(Path(sys.executable).parent)
     if own_folder not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([own_folder, os.environ.get("PATH", os.defpath)])
-    if not os.environ.get("RAY_ADDRESS") and "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 @contextmanager

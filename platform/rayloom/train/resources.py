@@ -32,11 +32,12 @@ class Resources:
     """Threads that a worker on CPU computes with: its share of the cores of the largest node."""
 
 
-def plan_resources(train: TrainConfig, taken: float = 0.0) -> Resources:
+def plan_resources(train: TrainConfig, taken: float = 0.0, jobs: int = 1) -> Resources:
     """Choose the device and what is left for reading data.
 
     Args:
         taken: CPUs that something else of the job holds.
+        jobs: how many jobs like this one share the cluster, each with its part.
 
     Raises:
         RequestError: GPUs are asked for and there are none.
@@ -47,9 +48,9 @@ def plan_resources(train: TrainConfig, taken: float = 0.0) -> Resources:
     device = "gpu" if train.device != "cpu" and total.get("GPU") else "cpu"
     per_worker = {"CPU": train.cpus_per_worker} | ({"GPU": 1.0} if device == "gpu" else {})
     cores = max((node["Resources"].get("CPU", 1.0) for node in ray.nodes() if node["Alive"]), default=1.0)
-    neighbours = max(1, min(train.workers, int(cores // train.cpus_per_worker)))
+    neighbours = max(1, min(train.workers * jobs, int(cores // train.cpus_per_worker)))
     threads = max(1, int(cores) // neighbours)
-    spare = total.get("CPU", 0.0) - train.workers * train.cpus_per_worker - taken
+    spare = total.get("CPU", 0.0) / jobs - train.workers * train.cpus_per_worker - taken
     if spare >= 1:
         return Resources(device, per_worker, 1.0, int(spare), threads)
     return Resources(device, per_worker, 0.0, 1, threads)
@@ -59,7 +60,7 @@ Bundles = list[dict[str, float]]
 
 
 def settle_workers(
-    train: TrainConfig, *, wait: bool, beside: Callable[[str], Bundles] = lambda device: []
+    train: TrainConfig, *, wait: bool, beside: Callable[[str], Bundles] = lambda device: [], jobs: int = 1
 ) -> tuple[TrainConfig, Resources]:
     """With how many workers to train now, and on what: the most whose placement group can be made, asked for again and
     again for at most `train.wait_for_resources` seconds. A machine that died is counted among the living for a while.
@@ -68,15 +69,16 @@ def settle_workers(
         train: as the job file has it, with the most and the fewest workers.
         wait: whether the cluster may grow; else what it has not got at all is refused at once.
         beside: what else must find room, by the device ("cpu" or "gpu").
+        jobs: how many jobs like this one share the cluster.
 
     Raises:
         RequestError: saying what was asked for, what there is and what is free.
     """
-    plan = plan_resources(train)
+    plan = plan_resources(train, jobs=jobs)
     bundle, others = plan.per_worker, beside(plan.device)
     fewest = train.with_workers(train.possible_workers[-1])
-    if not wait and not (_fits(bundle, fewest.workers) and _hold([bundle] * fewest.workers + others)):
-        raise RequestError(_shortage(fewest, bundle, others, "the cluster has not got that"))
+    if not wait:
+        jobs_that_fit(train, beside)
     deadline = time.monotonic() + train.wait_for_resources
     while True:
         for workers in [n for n in train.possible_workers if _fits(bundle, n)] or [fewest.workers]:
@@ -85,10 +87,27 @@ def settle_workers(
                 [bundle] * workers + others, left if fewest.workers == train.workers else min(_TRY_SECONDS, left)
             ):
                 settled = train.with_workers(workers)
-                return settled, plan_resources(settled, sum(other["CPU"] for other in others))
+                return settled, plan_resources(settled, sum(other["CPU"] for other in others), jobs)
         if time.monotonic() >= deadline:
             waited = f"not free after {train.wait_for_resources:g} s (train.wait_for_resources)"
             raise RequestError(_shortage(fewest, bundle, others, waited))
+
+
+def jobs_that_fit(train: TrainConfig, beside: Callable[[str], Bundles] = lambda device: []) -> int:
+    """How many jobs like this one the cluster holds at a time, each with the fewest workers that it may have.
+
+    Raises:
+        RequestError: not one.
+    """
+    fewest = train.with_workers(train.possible_workers[-1])
+    plan = plan_resources(fewest)
+    bundle, others = plan.per_worker, beside(plan.device)
+    jobs = 0
+    while _fits(bundle, fewest.workers * (jobs + 1)) and _hold(([bundle] * fewest.workers + others) * (jobs + 1)):
+        jobs += 1
+    if not jobs:
+        raise RequestError(_shortage(fewest, bundle, others, "the cluster has not got that"))
+    return jobs
 
 
 def room_for_more(train: TrainConfig, workers: int, resources: Resources) -> int:

@@ -1,0 +1,158 @@
+"""One trial, as Ray Tune runs it: a whole job, in a run directory of its own, whose rows of metrics Tune hears of.
+
+    Tune -> TrialRun.step: the next row <- queue <- a thread with `run_job` <- the job's workers
+
+The job does not wait for Tune. A trial that is stopped saves a checkpoint and ends its workers before its process ends,
+so its run directory is that of any stopped job.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from rayloom.config.job import JobConfig
+from rayloom.config.read import read_job
+from rayloom.errors import RequestError
+from rayloom.search.metric import Metric
+from rayloom.search.plan import SearchPlan
+from rayloom.search.space import Point
+from rayloom.train.driver import run_job
+from rayloom.train.host import Host
+from rayloom.train.monitor import answer
+from rayloom.train.ray_session import set_variables
+from rayloom.train.run_dir import RunDir
+
+POINT = "point"
+"""Where a trial's Tune config has its point, if it was drawn beforehand."""
+PERCENT = "percent"
+"""In a result: how much of the trial's training is done. What schedulers take for the time."""
+ENDED, REFUSED, PAUSED = "ended", "refused", "paused"
+"""In a result: the job has come to its end; the search makes no sense, and why; the job was told to stop."""
+_POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class TrialTask:
+    """What every trial is given besides its point."""
+
+    plan: SearchPlan
+    jobs: int
+    """How many trials share the cluster."""
+    folder: str
+    """The search's current directory, from which paths in the job file are taken."""
+    monitor: Any
+    """Says when the search is told to stop."""
+
+
+class TrialRun(tune.Trainable):
+    """Tune's side of a trial. Its steps are the rows that have the metric."""
+
+    def setup(self, config: dict[str, Any], task: TrialTask) -> None:  # type: ignore[override]  # by `with_parameters`
+        """Start the job."""
+        set_variables()
+        if Path(task.folder).is_dir():
+            os.chdir(task.folder)
+        self._task = task
+        self._metric = Metric(task.plan.search.metric)
+        self._events: queue.Queue[Any] = queue.Queue()
+        self._stop = threading.Event()
+        self._last: dict[str, Any] = {}
+        point = point_of(task.plan, config)
+        self._thread = threading.Thread(target=self._run, args=(self.trial_name, point), daemon=True)
+        self._thread.start()
+
+    def step(self) -> dict[str, Any]:
+        """The next row that has the metric, or the end.
+
+        Raises:
+            RequestError: the trial's values make no job that can run.
+            JobError: the job failed.
+        """
+        while True:
+            event = self._next()
+            try:
+                if isinstance(event, Exception):
+                    raise event
+                if "status" in event:  # the job's result
+                    if event["status"] == "stopped":
+                        return {**self._last, PAUSED: True}
+                    if not self._last:
+                        return {"done": True, REFUSED: str(self._metric.missing())}
+                    return {**self._last, "done": True, ENDED: True}
+                value = self._metric.read(event)
+            except RequestError as error:
+                if isinstance(event, Exception):
+                    raise
+                return {"done": True, REFUSED: str(error)}
+            if value is not None:
+                self._last = {self._metric.name: value, "step": event["step"], PERCENT: 100 * event["progress"]}
+                return dict(self._last)  # Tune writes into it
+
+    def end_job(self) -> None:
+        """End the job with a checkpoint, if it has not ended; return when its workers have."""
+        self._stop.set()
+        self._thread.join()
+
+    def cleanup(self) -> None:
+        """Before the process ends."""
+        self.end_job()
+
+    def _next(self) -> Any:
+        while True:
+            try:
+                return self._events.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                if answer(self._task.monitor.stop_requested.remote(), self.trial_name):
+                    self._stop.set()
+
+    def _run(self, name: str, point: Point) -> None:
+        """In a thread: the job, whose rows, result or error go into the queue."""
+        try:
+            job = self._task.plan.trial_job(name, point)
+            if rows := _finished_rows(job):
+                for row in rows:
+                    self._events.put(row)
+                self._events.put({"status": "finished"})
+                return
+            host = Host(self._events.put, self._stop, self._task.jobs)
+            self._events.put(run_job(_continued(job), started=time.time(), host=host))
+        except Exception as error:
+            self._events.put(error)
+
+
+def point_of(plan: SearchPlan, config: dict[str, Any]) -> Point:
+    """The point in a trial's Tune config: drawn beforehand, or proposed by a searcher."""
+    if POINT in config:
+        return dict(config[POINT])
+    return {entry.key: entry.value_of(config[entry.key]) for entry in plan.entries}
+
+
+def _finished_rows(job: JobConfig) -> list[dict[str, Any]]:
+    """Of a trial that had finished when the search was killed, and Tune had not noted it yet."""
+    run = RunDir(job.run_dir, job.run_dir.exists())
+    return run.metrics() if _is_of(job, run) and run.result().get("status") == "finished" else []
+
+
+def _continued(job: JobConfig) -> JobConfig:
+    """The same, going on where an attempt before this one has left a checkpoint."""
+    run = RunDir(job.run_dir, job.run_dir.exists())
+    if not run.existed:
+        return job
+    goes_on = _is_of(job, run) and run.latest_checkpoint() is not None
+    return job.model_copy(update={"resume": goes_on, "overwrite": not goes_on})
+
+
+def _is_of(job: JobConfig, run: RunDir) -> bool:
+    """Whether a run directory is of this very job, not of another trial that was named alike."""
+    try:
+        return read_job(run.path / "job.yaml") == job
+    except RequestError:
+        return False
