@@ -134,8 +134,7 @@ def _dealers(work: Work) -> dict[str, Any]:
 
     Not Ray Train's own `datasets`, which start their actors one after the other once the workers are there.
     """
-    from rayloom.data.deal import start_dealer
-    from rayloom.data.stream import build_stream
+    from rayloom.data.deal import StreamOrder, start_dealer
 
     job, resources = work.job, work.resources
     checkpoint = work.run.latest_checkpoint()
@@ -146,7 +145,7 @@ def _dealers(work: Work) -> dict[str, Any]:
         names.append("reference")  # the same rows, before the training
     dealers = {}
     for name in names:
-        stream = build_stream(
+        stream = StreamOrder(
             work.plan,
             EncodeSegment(work.encoder, work.options),
             start,
@@ -157,7 +156,7 @@ def _dealers(work: Work) -> dict[str, Any]:
         )
         dealers[name] = start_dealer(stream, job.train.workers, *given)
     if work.eval_plan is not None:
-        eval_stream = build_stream(
+        eval_stream = StreamOrder(
             work.eval_plan,
             EncodeSegment(work.encoder, eval_options(job)),
             Position(),
