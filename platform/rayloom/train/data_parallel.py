@@ -15,18 +15,42 @@ from typing import Any
 import ray
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from rayloom.collector import collector_off
+from rayloom.train.monitor import answer
 
 _SHUTDOWN_SECONDS = 30.0
 
 
 class StreamDataParallelTrainer(DataParallelTrainer):
-    """The workers' data comes from dealers (`rayloom.data.deal`), so Ray Train starts no actor that deals data sets."""
+    """Ray Train's trainer without two actors, each a process that loads Ray Train.
+
+    The workers' data comes from dealers (`rayloom.data.deal`), so none deals data sets. And the driver, which outlives
+    the controller, frees the workers' placement group if that was killed, so none waits for this.
+    """
+
+    def __init__(self, *args: Any, monitor: Any, **kwargs: Any) -> None:
+        self._monitor = monitor
+        super().__init__(*args, **kwargs)
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
+        replaced = (DatasetsCallback, PlacementGroupCleanerCallback)
+        kept = [one for one in super()._create_default_callbacks() if not isinstance(one, replaced)]
+        return [*kept, _TellPlacementGroup(self._monitor)]
+
+
+class _TellPlacementGroup(WorkerGroupCallback):
+    """Runs in the controller. Ray keeps a placement group for as long as the job lives that its creator was part of."""
+
+    def __init__(self, monitor: Any) -> None:
+        self._monitor = monitor
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        group = worker_group.get_worker_group_state().placement_group_handle.placement_group
+        answer(self._monitor.post.remote({"kind": "placement group", "group": group}), "Ray Train's controller")
 
 
 @dataclass

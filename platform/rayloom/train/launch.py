@@ -92,6 +92,7 @@ def ray_trainer(work: Work, monitor: Any) -> Any:
     worker: Any = _train_worker
     return StreamDataParallelTrainer(
         worker,
+        monitor=monitor,
         train_loop_config={
             "job": job.model_dump(mode="json"),
             "monitor": monitor,
