@@ -34,7 +34,7 @@ from rayloom.stages.rules import check_stage
 from rayloom.train.deepspeed import read_deepspeed_json
 from rayloom.train.launch import Work
 from rayloom.train.ppo_rules import check_ppo
-from rayloom.train.ray_session import prepare_environment, ray_session
+from rayloom.train.ray_session import own_ray, prepare_environment, ray_session
 from rayloom.train.report import Reporter
 from rayloom.train.run_dir import check_data, check_run_dir, open_run_dir
 from rayloom.train.track import check_trackers
@@ -55,22 +55,86 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
     """
     phases = {"start": started}
     prepare_environment()
-    for library in _TALKATIVE:
-        logging.getLogger(library).setLevel(logging.ERROR)
-    run = check_run_dir(job)
-    check_combination(job)
-    check_stage(job)
-    check_ppo(job)
-    check_environment(job.optimizer, job.train.device)
-    check_trackers(job)
-    deepspeed = read_deepspeed_json(job.train)
-    plan = plan_data(job)
-    eval_plan = prepare_eval(job)
-    if job.resume:
-        check_data(run, plan.fingerprints)
-    if job.train.device == "cpu":
-        choose_precision(job.train.precision, "cpu", bf16=computes_bf16("cpu"))
+    with own_ray() as own:  # it starts while the job is checked
+        for library in _TALKATIVE:
+            logging.getLogger(library).setLevel(logging.ERROR)
+        run = check_run_dir(job)
+        check_combination(job)
+        check_stage(job)
+        check_ppo(job)
+        check_environment(job.optimizer, job.train.device)
+        check_trackers(job)
+        deepspeed = read_deepspeed_json(job.train)
+        plan = plan_data(job)
+        eval_plan = prepare_eval(job)
+        if job.resume:
+            check_data(run, plan.fingerprints)
+        if job.train.device == "cpu":
+            choose_precision(job.train.precision, "cpu", bf16=computes_bf16("cpu"))
 
+        encoder = _checked_encoder(job)
+        options = with_stores(job, plan, encoder, segment_options(job))
+        first = _first_segment(job, plan, encoder, options)
+        phases["checks"] = time.time()
+
+        with Reporter() as reporter, ray_session(verbose=verbose, own=own) as own_cluster:
+            # These load Ray, which reads what `prepare_environment` has set.
+            from rayloom.train.engines import engine_bundles, engines_of
+            from rayloom.train.execution import Execution
+            from rayloom.train.resources import settle_workers
+
+            phases["ray"] = time.time()
+            train, resources = settle_workers(job.train, wait=not own_cluster, beside=partial(engine_bundles, job))
+            has_bf16 = resources.device == "gpu" or computes_bf16("cpu")
+            precision = choose_precision(job.train.precision, resources.device, bf16=has_bf16)
+            _check_model(job, resources.device)
+            check_environment(job.optimizer, resources.device)
+            run = open_run_dir(job, run)
+            run.data_file.write_text(json.dumps(plan.fingerprints, indent=2) + "\n")
+            try:
+                run.follow(reporter.say)
+            except RequestError:
+                run.undo()
+                raise
+            settled = job.model_copy(update={"train": train})
+            work = Work(
+                job=settled,
+                asked=job.train,
+                run=run,
+                plan=plan,
+                eval_plan=eval_plan,
+                encoder=encoder,
+                options=options,
+                first=first,
+                resources=resources,
+                segments_at_once=_SEGMENTS_AT_ONCE,
+                deepspeed=deepspeed,
+                own_cluster=own_cluster,
+                reference=reference_place(job, plan, eval_plan, encoder, precision, resources.device),
+            )
+            reporter.say(f"{job.name}: {_describe(work)}")
+            for data_set, store in zip(plan.sets, options.stores, strict=True):
+                if store:
+                    reporter.say(f"{data_set.name}: prepared tokens are read from {store}")
+            if work.reference is not None and work.reference.is_whole:
+                reporter.say(f"reference log-probabilities are read from {work.reference.folder}")
+            with ExitStack() as stack:
+                try:
+                    fleet = stack.enter_context(engines_of(job, resources.device, precision, first))
+                except BaseException:
+                    run.undo()
+                    raise
+                if fleet is not None:
+                    phases["engines"] = time.time()
+                return Execution(replace(work, fleet=fleet), reporter, phases).run()
+
+
+def _checked_encoder(job: JobConfig) -> Encoder:
+    """Check the model and the method; the encoder of the job's rows.
+
+    Raises:
+        RequestError: naming the key and what would be right.
+    """
     with collector_off():  # these import torch and transformers
         _check_model(job, job.train.device)
         _check_method(job)
@@ -84,60 +148,7 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
             check_reward_functions(job)
             check_lengths_and_heads(job)
             check_reward_models(job)
-        encoder = make_encoder(job)
-    options = with_stores(job, plan, encoder, segment_options(job))
-    first = _first_segment(job, plan, encoder, options)
-    phases["checks"] = time.time()
-
-    with Reporter() as reporter, ray_session(verbose=verbose) as own_cluster:
-        # These load Ray, which reads what `prepare_environment` has set.
-        from rayloom.train.engines import engine_bundles, engines_of
-        from rayloom.train.execution import Execution
-        from rayloom.train.resources import settle_workers
-
-        phases["ray"] = time.time()
-        train, resources = settle_workers(job.train, wait=not own_cluster, beside=partial(engine_bundles, job))
-        has_bf16 = resources.device == "gpu" or computes_bf16("cpu")
-        precision = choose_precision(job.train.precision, resources.device, bf16=has_bf16)
-        _check_model(job, resources.device)
-        check_environment(job.optimizer, resources.device)
-        run = open_run_dir(job, run)
-        run.data_file.write_text(json.dumps(plan.fingerprints, indent=2) + "\n")
-        try:
-            run.follow(reporter.say)
-        except RequestError:
-            run.undo()
-            raise
-        settled = job.model_copy(update={"train": train})
-        work = Work(
-            job=settled,
-            asked=job.train,
-            run=run,
-            plan=plan,
-            eval_plan=eval_plan,
-            encoder=encoder,
-            options=options,
-            first=first,
-            resources=resources,
-            segments_at_once=_SEGMENTS_AT_ONCE,
-            deepspeed=deepspeed,
-            reference=reference_place(job, plan, eval_plan, encoder, precision, resources.device),
-        )
-        reporter.say(f"{job.name}: {_describe(work)}")
-        for data_set, store in zip(plan.sets, options.stores, strict=True):
-            if store:
-                reporter.say(f"{data_set.name}: prepared tokens are read from {store}")
-        if work.reference is not None and work.reference.is_whole:
-            reporter.say(f"reference log-probabilities are read from {work.reference.folder}")
-        with ExitStack() as stack:
-            try:
-                fleet = stack.enter_context(engines_of(job, resources.device, precision, first))
-            except BaseException:
-                run.undo()
-                raise
-            if fleet is not None:
-                phases["engines"] = time.time()
-            return Execution(replace(work, fleet=fleet), reporter, phases).run()
+        return make_encoder(job)
 
 
 def _check_model(job: JobConfig, device: str) -> None:

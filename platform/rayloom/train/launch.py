@@ -50,6 +50,8 @@ class Work:
     """Most segments of one execution of the pipeline: Ray Data lists all its tasks up front."""
     deepspeed: dict[str, Any]
     """What the user's DeepSpeed JSON says."""
+    own_cluster: bool
+    """Whether Ray is a local one of the job's own."""
     fleet: Any = None
     """The engines of stage ppo, as workers call them."""
     reference: ReferencePlace | None = None
@@ -93,6 +95,7 @@ def ray_trainer(work: Work, monitor: Any) -> Any:
     return StreamDataParallelTrainer(
         worker,
         monitor=monitor,
+        can_grow=not work.own_cluster,
         train_loop_config={
             "job": job.model_dump(mode="json"),
             "monitor": monitor,
