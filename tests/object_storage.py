@@ -9,15 +9,23 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 BUCKET = "loom"
 
 
+class StorageServer(NamedTuple):
+    """A server that runs."""
+
+    endpoint: str
+    process: subprocess.Popen[bytes]
+
+
 @contextmanager
-def storage_server(log: Path) -> Iterator[str]:
-    """Yields the server's endpoint; it has one bucket, and this process has its keys until the end."""
+def storage_server(log: Path) -> Iterator[StorageServer]:
+    """The server has one bucket, and this process has its keys until the end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -35,7 +43,7 @@ def storage_server(log: Path) -> Iterator[str]:
 
                 s3fs.S3FileSystem.clear_instance_cache()  # made with another test's endpoint
                 s3fs.S3FileSystem().mkdir(BUCKET)
-                yield endpoint
+                yield StorageServer(endpoint, server)
                 s3fs.S3FileSystem.clear_instance_cache()
         finally:
             server.terminate()

@@ -39,8 +39,8 @@ from rayloom.train.track import check_trackers
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with storage_server(tmp_path_factory.mktemp("server") / "log") as endpoint:
-        yield endpoint
+    with storage_server(tmp_path_factory.mktemp("server") / "log") as started:
+        yield started.endpoint
 
 
 @pytest.fixture(params=["s3", "file"])

@@ -15,27 +15,49 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-import ray.data
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from rayloom.data.plan import Plan, Position
 from rayloom.data.rows import SCHEMA, raise_error
 from rayloom.errors import JobError
 
+if TYPE_CHECKING:
+    from rayloom.data.stream import SegmentWork
+
 WAIT_SECONDS = 1800.0
+
+
+@dataclass(frozen=True)
+class StreamOrder:
+    """A stream that is still to be built (`rayloom.data.stream.build_stream`). Whoever holds it need not load Ray
+    Data."""
+
+    plan: Plan
+    work: SegmentWork
+    start: Position
+    segments: int
+    task_cpus: float
+    concurrency: int
+    made: int = 0
+
+    def blocks(self) -> Iterator[pa.Table]:
+        """The stream's tables. It is built, and its first tasks start, when the first is asked for."""
+        from rayloom.data.stream import build_stream  # this loads Ray Data
+
+        yield from build_stream(**vars(self)).iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 
 
 class _Dealer:
     """Runs the pipeline once and keeps each block until every worker has taken it. An actor, two threads a worker."""
 
-    def __init__(self, dataset: ray.data.Dataset, workers: int, given: list[pa.Table]) -> None:
-        blocks = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
-        self._blocks = chain(given, blocks)
+    def __init__(self, stream: StreamOrder, workers: int, given: list[pa.Table]) -> None:
+        self._blocks = chain(given, stream.blocks())
         self._workers = workers
         self._changed = threading.Condition()
         self._making = False
@@ -85,18 +107,18 @@ class _Dealer:
             self._made += 1
 
 
-def start_dealer(dataset: ray.data.Dataset, workers: int, *given: pa.Table) -> Any:
+def start_dealer(stream: StreamOrder, workers: int, *given: pa.Table) -> Any:
     """Start the actor that deals a stream to `workers` workers; it ends when nobody holds it any more.
 
-    It is there long before the workers are, with all that Ray Data needs loaded, and costs little until they ask. It is
-    on this process's own node: it must not die with another.
+    It is there long before the workers are, and builds the stream when they ask for a block that is not given. It is on
+    this process's own node: it must not die with another.
 
     Args:
         given: the first blocks, which have been made already; the stream is what follows them.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 2 * workers, "scheduling_strategy": here}
-    return ray.remote(_Dealer).options(**options).remote(dataset, workers, list(given))
+    return ray.remote(_Dealer).options(**options).remote(stream, workers, list(given))
 
 
 def deal(blocks: Iterable[pa.Table], rank: int, workers: int, batch_rows: int) -> Iterator[pa.Table]:
@@ -130,14 +152,14 @@ class Shard:
     workers: int
 
     def batches(self, batch_rows: int) -> Iterator[pa.Table]:
-        """This worker's batches of `batch_rows` rows, in order (see `deal`). The pipeline starts with this call, not
-        with the first batch that is taken: it reads while the model loads.
+        """This worker's batches of `batch_rows` rows, in order (see `deal`). The first block is asked for with this
+        call, not with the first batch that is taken: where it is not there yet, it is made while the model loads.
 
         Raises:
             JobError: no block came within `WAIT_SECONDS`.
             RequestError: a row that cannot be read or understood.
         """
-        return deal(self._blocks(self._ask(0)), self.rank, self.workers, batch_rows)
+        return deal(self._blocks(self.dealer.block.remote(0)), self.rank, self.workers, batch_rows)
 
     def first(self, examples: int, batch_rows: int) -> list[pa.Table]:
         """This worker's batches of the stream's first `examples` token rows, kept in memory; every worker gets as many.
@@ -146,7 +168,7 @@ class Shard:
             JobError, RequestError: as `batches`.
         """
         taken, rows = [], 0
-        for block in self._blocks(self._ask(0)):
+        for block in self._blocks(self.dealer.block.remote(0)):
             full = block.filter(pc.greater(pc.list_value_length(block["input_ids"]), 0))
             taken.append(full.slice(0, examples - rows))
             rows += taken[-1].num_rows
@@ -154,11 +176,10 @@ class Shard:
                 break
         return list(deal(taken, self.rank, self.workers, batch_rows))
 
-    def _ask(self, number: int) -> deque[Any]:
-        """Two blocks are on their way, so that the pipeline runs also where the first is there already."""
-        return deque(self.dealer.block.remote(number + ahead) for ahead in range(2))
-
-    def _blocks(self, coming: deque[Any]) -> Iterator[pa.Table]:
+    def _blocks(self, first: Any) -> Iterator[pa.Table]:
+        """Two blocks are on their way while a third is used. But none behind the first before that is used: where it
+        was given, it is enough to begin with, and the pipeline's start would take the processor from the model's."""
+        coming = deque([first])
         number = 0
         while True:
             try:
@@ -170,8 +191,8 @@ class Shard:
                 ) from None
             if not references:
                 return
-            coming.append(self.dealer.block.remote(number + 2))
             number += 1
+            coming.extend(self.dealer.block.remote(ahead) for ahead in range(number + len(coming), number + 2))
             block = ray.get(references[0], timeout=WAIT_SECONDS)
             raise_error(block)
             yield block

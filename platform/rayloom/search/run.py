@@ -27,7 +27,7 @@ from rayloom.search.plan import SearchPlan, plan_search
 from rayloom.search.results import best_trial, read_ledger, trials_left, write_ledger
 from rayloom.stages.prepare import plan_data, prepare_eval
 from rayloom.train.driver import check_model_and_method
-from rayloom.train.ray_session import prepare_environment, ray_session
+from rayloom.train.ray_session import own_ray, prepare_environment, ray_session
 from rayloom.train.run_dir import RunDir, check_run_dir, open_run_dir
 from rayloom.train.signals import Signals
 
@@ -55,16 +55,17 @@ def run_search(document: Document, *, verbose: bool = False) -> dict[str, Any]:
     os.environ.update(_ENVIRONMENT)
     plan, jobs = plan_search(document)
     run = _check_folder(plan)
-    plan_data(jobs[0])
-    prepare_eval(jobs[0])
-    with collector_off():
-        check_model_and_method(jobs[0], jobs[0].train.device)
-    with ray_session(verbose=verbose):
-        at_once = min([_jobs_that_fit(jobs), plan.trials, *filter(None, [plan.search.concurrent])])
-        if not plan.job.resume:
-            run = open_run_dir(plan.job, run)
-        print(f"{plan.job.name}: {plan.trials} trials, {at_once} at a time, by {plan.search.metric}", flush=True)
-        _tune(plan, at_once)
+    with own_ray() as own:
+        plan_data(jobs[0])
+        prepare_eval(jobs[0])
+        with collector_off():
+            check_model_and_method(jobs[0], jobs[0].train.device)
+        with ray_session(verbose=verbose, own=own):
+            at_once = min([_jobs_that_fit(jobs), plan.trials, *filter(None, [plan.search.concurrent])])
+            if not plan.job.resume:
+                run = open_run_dir(plan.job, run)
+            print(f"{plan.job.name}: {plan.trials} trials, {at_once} at a time, by {plan.search.metric}", flush=True)
+            _tune(plan, at_once)
     return _finish(plan, run)
 
 

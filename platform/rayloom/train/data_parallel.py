@@ -15,18 +15,59 @@ from typing import Any
 import ray
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from rayloom.collector import collector_off
+from rayloom.train.monitor import answer
 
 _SHUTDOWN_SECONDS = 30.0
 
 
 class StreamDataParallelTrainer(DataParallelTrainer):
-    """The workers' data comes from dealers (`rayloom.data.deal`), so Ray Train starts no actor that deals data sets."""
+    """Ray Train's trainer without three actors, each a process that loads Ray Train or Ray Data.
+
+    The workers' data comes from dealers (`rayloom.data.deal`), so none deals data sets. The driver, which outlives the
+    controller, frees the workers' placement group if that was killed, so none waits for this. And on a Ray of the job's
+    own, which cannot grow, none is asked to let it.
+    """
+
+    def __init__(self, *args: Any, monitor: Any, can_grow: bool, **kwargs: Any) -> None:
+        self._monitor, self._can_grow = monitor, can_grow
+        super().__init__(*args, **kwargs)
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
+        replaced = (DatasetsCallback, PlacementGroupCleanerCallback)
+        kept = [one for one in super()._create_default_callbacks() if not isinstance(one, replaced)]
+        return [*kept, _TellPlacementGroup(self._monitor)]
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        if not self._can_grow:
+            parts["scaling_policy"] = _NothingRequested(self.scaling_config)
+        return super()._initialize_and_run_controller(**parts)
+
+
+class _NothingRequested(FixedScalingPolicy):
+    """Runs in the controller. As many workers as there are to be, without a request for resources beforehand."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        pass
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
+
+
+class _TellPlacementGroup(WorkerGroupCallback):
+    """Runs in the controller. Ray keeps a placement group for as long as the job lives that its creator was part of."""
+
+    def __init__(self, monitor: Any) -> None:
+        self._monitor = monitor
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        group = worker_group.get_worker_group_state().placement_group_handle.placement_group
+        answer(self._monitor.post.remote({"kind": "placement group", "group": group}), "Ray Train's controller")
 
 
 @dataclass

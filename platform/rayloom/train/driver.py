@@ -35,7 +35,7 @@ from rayloom.train.deepspeed import read_deepspeed_json
 from rayloom.train.host import Host
 from rayloom.train.launch import Work
 from rayloom.train.ppo_rules import check_ppo
-from rayloom.train.ray_session import prepare_environment, ray_session
+from rayloom.train.ray_session import own_ray, prepare_environment, ray_session
 from rayloom.train.report import Reporter
 from rayloom.train.run_dir import check_data, check_run_dir, open_run_dir
 from rayloom.train.track import check_trackers
@@ -58,88 +58,78 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False, host: Host
     phases = {"start": started}
     if host is None:
         prepare_environment()
-    for library in _TALKATIVE:
-        logging.getLogger(library).setLevel(logging.ERROR)
-    run = check_run_dir(job)
-    check_parts(job)
-    deepspeed = read_deepspeed_json(job.train)
-    plan = plan_data(job)
-    eval_plan = prepare_eval(job)
-    if job.resume:
-        check_data(run, plan.fingerprints)
-    if job.train.device == "cpu":
-        choose_precision(job.train.precision, "cpu", bf16=computes_bf16("cpu"))
+    with own_ray() if host is None else nullcontext() as own:  # it starts while the job is checked
+        for library in _TALKATIVE:
+            logging.getLogger(library).setLevel(logging.ERROR)
+        run = check_run_dir(job)
+        check_parts(job)
+        deepspeed = read_deepspeed_json(job.train)
+        plan = plan_data(job)
+        eval_plan = prepare_eval(job)
+        if job.resume:
+            check_data(run, plan.fingerprints)
+        if job.train.device == "cpu":
+            choose_precision(job.train.precision, "cpu", bf16=computes_bf16("cpu"))
 
-    with collector_off():  # these import torch and transformers
-        check_model_and_method(job, job.train.device)
-        if job.stage.type == "ppo":
-            from rayloom.train.ppo_check import (  # these load torch
-                check_lengths_and_heads,
-                check_reward_functions,
-                check_reward_models,
+        encoder = _checked_encoder(job)
+        options = with_stores(job, plan, encoder, segment_options(job))
+        first = _first_segment(job, plan, encoder, options)
+        phases["checks"] = time.time()
+
+        session = ray_session(verbose=verbose, own=own) if host is None else nullcontext(False)
+        asked = job.train if host is None else host.patient(job.train)
+        with Reporter() as reporter, session as own_cluster:
+            # These load Ray, which reads what `prepare_environment` has set.
+            from rayloom.train.engines import engine_bundles, engines_of
+            from rayloom.train.execution import Execution
+            from rayloom.train.resources import settle_workers
+
+            phases["ray"] = time.time()
+            train, resources = settle_workers(
+                asked, wait=not own_cluster, beside=partial(engine_bundles, job), jobs=host.jobs if host else 1
             )
-
-            check_reward_functions(job)
-            check_lengths_and_heads(job)
-            check_reward_models(job)
-        encoder = make_encoder(job)
-    options = with_stores(job, plan, encoder, segment_options(job))
-    first = _first_segment(job, plan, encoder, options)
-    phases["checks"] = time.time()
-
-    session = ray_session(verbose=verbose) if host is None else nullcontext(False)
-    asked = job.train if host is None else host.patient(job.train)
-    with Reporter() as reporter, session as own_cluster:
-        # These load Ray, which reads what `prepare_environment` has set.
-        from rayloom.train.engines import engine_bundles, engines_of
-        from rayloom.train.execution import Execution
-        from rayloom.train.resources import settle_workers
-
-        phases["ray"] = time.time()
-        train, resources = settle_workers(
-            asked, wait=not own_cluster, beside=partial(engine_bundles, job), jobs=host.jobs if host else 1
-        )
-        has_bf16 = resources.device == "gpu" or computes_bf16("cpu")
-        precision = choose_precision(job.train.precision, resources.device, bf16=has_bf16)
-        _check_model(job, resources.device)
-        check_environment(job.optimizer, resources.device)
-        run = open_run_dir(job, run)
-        run.data_file.write_text(json.dumps(plan.fingerprints, indent=2) + "\n")
-        try:
-            run.follow(reporter.say)
-        except RequestError:
-            run.undo()
-            raise
-        settled = job.model_copy(update={"train": train})
-        work = Work(
-            job=settled,
-            asked=asked,
-            run=run,
-            plan=plan,
-            eval_plan=eval_plan,
-            encoder=encoder,
-            options=options,
-            first=first,
-            resources=resources,
-            segments_at_once=_SEGMENTS_AT_ONCE,
-            deepspeed=deepspeed,
-            reference=reference_place(job, plan, eval_plan, encoder, precision, resources.device),
-        )
-        reporter.say(f"{job.name}: {_describe(work)}")
-        for data_set, store in zip(plan.sets, options.stores, strict=True):
-            if store:
-                reporter.say(f"{data_set.name}: prepared tokens are read from {store}")
-        if work.reference is not None and work.reference.is_whole:
-            reporter.say(f"reference log-probabilities are read from {work.reference.folder}")
-        with ExitStack() as stack:
+            has_bf16 = resources.device == "gpu" or computes_bf16("cpu")
+            precision = choose_precision(job.train.precision, resources.device, bf16=has_bf16)
+            _check_model(job, resources.device)
+            check_environment(job.optimizer, resources.device)
+            run = open_run_dir(job, run)
+            run.data_file.write_text(json.dumps(plan.fingerprints, indent=2) + "\n")
             try:
-                fleet = stack.enter_context(engines_of(job, resources.device, precision, first))
-            except BaseException:
+                run.follow(reporter.say)
+            except RequestError:
                 run.undo()
                 raise
-            if fleet is not None:
-                phases["engines"] = time.time()
-            return Execution(replace(work, fleet=fleet), reporter, phases, host).run()
+            settled = job.model_copy(update={"train": train})
+            work = Work(
+                job=settled,
+                asked=asked,
+                run=run,
+                plan=plan,
+                eval_plan=eval_plan,
+                encoder=encoder,
+                options=options,
+                first=first,
+                resources=resources,
+                segments_at_once=_SEGMENTS_AT_ONCE,
+                deepspeed=deepspeed,
+                own_cluster=own_cluster,
+                reference=reference_place(job, plan, eval_plan, encoder, precision, resources.device),
+            )
+            reporter.say(f"{job.name}: {_describe(work)}")
+            for data_set, store in zip(plan.sets, options.stores, strict=True):
+                if store:
+                    reporter.say(f"{data_set.name}: prepared tokens are read from {store}")
+            if work.reference is not None and work.reference.is_whole:
+                reporter.say(f"reference log-probabilities are read from {work.reference.folder}")
+            with ExitStack() as stack:
+                try:
+                    fleet = stack.enter_context(engines_of(job, resources.device, precision, first))
+                except BaseException:
+                    run.undo()
+                    raise
+                if fleet is not None:
+                    phases["engines"] = time.time()
+                return Execution(replace(work, fleet=fleet), reporter, phases, host).run()
 
 
 def check_parts(job: JobConfig) -> None:
@@ -163,6 +153,27 @@ def check_model_and_method(job: JobConfig, device: str) -> None:
     """
     _check_model(job, device)
     _check_method(job)
+
+
+def _checked_encoder(job: JobConfig) -> Encoder:
+    """Check the model and the method; the encoder of the job's rows.
+
+    Raises:
+        RequestError: naming the key and what would be right.
+    """
+    with collector_off():  # these import torch and transformers
+        check_model_and_method(job, job.train.device)
+        if job.stage.type == "ppo":
+            from rayloom.train.ppo_check import (  # these load torch
+                check_lengths_and_heads,
+                check_reward_functions,
+                check_reward_models,
+            )
+
+            check_reward_functions(job)
+            check_lengths_and_heads(job)
+            check_reward_models(job)
+        return make_encoder(job)
 
 
 def _check_model(job: JobConfig, device: str) -> None:

@@ -18,6 +18,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ray.util import remove_placement_group
+
 from rayloom import __version__
 from rayloom.data.rows import COUNTERS, CUT, DROP_REASONS, HELD_OUT, TOKENS_CUT
 from rayloom.errors import JobError, RequestError
@@ -46,6 +48,7 @@ class Execution:
         self._trackers: Trackers | None = None  # from the first row of metrics on
         self._monitor = start_monitor()
         self._nodes: set[str] = set()  # where workers are
+        self._group: Any = None  # the placement group that the workers hold
         self._outcome: dict[str, Any] | BaseException | None = None
         self._refused: RequestError | None = None
         self._failed: str | None = None  # why, as the first worker that gave up says it
@@ -136,6 +139,9 @@ class Execution:
             self._monitor.request_stop.remote()
         if self._work.fleet is not None:
             self._work.fleet.abandon()
+        if self._group is not None:
+            remove_placement_group(self._group)  # a controller that was killed has left it
+            self._group = None
         step = self._work.run.cut_back()
         self._breaks.append({"kind": kind, "what": what, "time": time.time(), "from_step": step})
         self._reporter.say(f"{what}; goes on from step {step}")
@@ -188,6 +194,8 @@ class Execution:
                 self._reporter.say(line)
         elif event["kind"] == "node":
             self._nodes.add(event["id"])
+        elif event["kind"] == "placement group":
+            self._group = event["group"]
         elif event["kind"] == "manifest":
             with run.manifest_file.open("a") as file:
                 file.write(json.dumps(event["row"]) + "\n")

@@ -50,6 +50,8 @@ class Work:
     """Most segments of one execution of the pipeline: Ray Data lists all its tasks up front."""
     deepspeed: dict[str, Any]
     """What the user's DeepSpeed JSON says."""
+    own_cluster: bool
+    """Whether Ray is a local one of the job's own."""
     fleet: Any = None
     """The engines of stage ppo, as workers call them."""
     reference: ReferencePlace | None = None
@@ -92,6 +94,8 @@ def ray_trainer(work: Work, monitor: Any) -> Any:
     worker: Any = _train_worker
     return StreamDataParallelTrainer(
         worker,
+        monitor=monitor,
+        can_grow=not work.own_cluster,
         train_loop_config={
             "job": job.model_dump(mode="json"),
             "monitor": monitor,
@@ -134,8 +138,7 @@ def _dealers(work: Work) -> dict[str, Any]:
 
     Not Ray Train's own `datasets`, which start their actors one after the other once the workers are there.
     """
-    from rayloom.data.deal import start_dealer
-    from rayloom.data.stream import build_stream
+    from rayloom.data.deal import StreamOrder, start_dealer
 
     job, resources = work.job, work.resources
     checkpoint = work.run.latest_checkpoint()
@@ -146,7 +149,7 @@ def _dealers(work: Work) -> dict[str, Any]:
         names.append("reference")  # the same rows, before the training
     dealers = {}
     for name in names:
-        stream = build_stream(
+        stream = StreamOrder(
             work.plan,
             EncodeSegment(work.encoder, work.options),
             start,
@@ -157,7 +160,7 @@ def _dealers(work: Work) -> dict[str, Any]:
         )
         dealers[name] = start_dealer(stream, job.train.workers, *given)
     if work.eval_plan is not None:
-        eval_stream = build_stream(
+        eval_stream = StreamOrder(
             work.eval_plan,
             EncodeSegment(work.encoder, eval_options(job)),
             Position(),

@@ -6,15 +6,14 @@ import json
 import logging
 import os
 import secrets
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import rayloom
+from rayloom.train.own_ray import OwnRay
 
 _ENVIRONMENT = {
     # Ray Train reads these in the driver and hands them on to its controller and workers.
@@ -51,11 +50,27 @@ def set_variables() -> None:
 
 
 @contextmanager
-def ray_session(*, verbose: bool) -> Iterator[bool]:
-    """Connect to the cluster that `RAY_ADDRESS` names, else start a local Ray of our own and end it afterwards.
+def own_ray() -> Iterator[OwnRay | None]:
+    """A local Ray that begins to start now, for `ray_session`; None where `RAY_ADDRESS` names a cluster."""
+    if os.environ.get("RAY_ADDRESS"):
+        yield None
+        return
+    # Its processes inherit this one's environment and module path. A runtime environment that said the same would make
+    # each of them load Ray twice.
+    os.environ.update(_VARIABLES)
+    with OwnRay() as own:
+        yield own
+
+
+@contextmanager
+def ray_session(*, verbose: bool, own: OwnRay | None = None) -> Iterator[bool]:
+    """Connect to the cluster that `RAY_ADDRESS` names, else to a local Ray of our own, which ends afterwards.
 
     The local one lives in a private temporary folder, with a token of its own: nothing of it outlives the job, and
     no other Ray on the machine is touched.
+
+    Args:
+        own: the local Ray, if it was told to start before.
 
     Yields:
         Whether the cluster is our own local one.
@@ -63,16 +78,12 @@ def ray_session(*, verbose: bool) -> Iterator[bool]:
     if os.environ.get("RAY_ADDRESS"):
         with _connected(verbose, address=os.environ["RAY_ADDRESS"], runtime_env=_runtime_env()):
             yield False
-        return
-    # Its processes inherit this one's environment and module path. A runtime environment that said the same would make
-    # each of them load Ray twice.
-    os.environ.update(_VARIABLES)
-    folder = tempfile.mkdtemp(prefix="rl-", dir="/tmp" if Path("/tmp").is_dir() else None)  # socket paths are short
-    try:
-        with _connected(verbose, address="local", _temp_dir=folder, include_dashboard=False):
+    elif own is None:
+        with own_ray() as started, ray_session(verbose=verbose, own=started):
             yield True
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        with _connected(verbose, address=own.address()):
+            yield True
 
 
 @contextmanager

@@ -1,0 +1,105 @@
+"""A Ray of a job's own: `python -m rayloom.train.own_ray FOLDER` starts it, says where it is, and ends it when its
+input ends, be it because the job was killed.
+
+It is a process beside the job's, so that it starts while the job is checked: both take seconds, and a machine has more
+than one core. A job that is refused does not wait for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+import rayloom
+from rayloom.errors import JobError
+
+_START_SECONDS = 180.0
+_END_SECONDS = 60.0
+
+
+class OwnRay:
+    """A context manager: begins to start a local Ray, and ends it. It lives in a private temporary folder; nothing of
+    it outlives the `with` block."""
+
+    def __enter__(self) -> OwnRay:
+        # Socket paths are short.
+        self._folder = tempfile.mkdtemp(prefix="rl-", dir="/tmp" if Path("/tmp").is_dir() else None)
+        self._log = Path(self._folder, "start.log")
+        here = str(Path(rayloom.__file__).parents[1])
+        search = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, self._folder],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, "PYTHONPATH": search},
+                start_new_session=True,  # Ctrl-C is for the job, which ends this Ray when it has saved
+            )
+        self._address: str | None = None
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        assert self._process.stdin is not None
+        if self._address is None:  # nobody has used it, and nobody waits for its orderly end
+            self._process.kill()
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()  # its children die with it
+            self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def address(self) -> str:
+        """Where it listens, when it does.
+
+        Raises:
+            JobError: it did not start; says what it said.
+        """
+        if self._address is None:
+            assert self._process.stdout is not None
+            said = _line_within(self._process, _START_SECONDS)
+            if not said:
+                last = self._log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
+                raise JobError(f"the local Ray did not start within {_START_SECONDS:g} s: {last[0]}")
+            self._address = said
+        return self._address
+
+
+def _line_within(process: subprocess.Popen[bytes], seconds: float) -> str:
+    """The first line that a process says; empty: it ended, or said nothing for so long."""
+    assert process.stdout is not None
+    ready, _, _ = select.select([process.stdout], [], [], seconds)
+    return process.stdout.readline().decode().strip() if ready else ""
+
+
+def main() -> None:
+    """Be the process that a local Ray belongs to."""
+    import ray
+
+    folder = sys.argv[1]
+    context = ray.init(
+        address="local",
+        _temp_dir=folder,
+        include_dashboard=False,
+        namespace="rayloom",
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    print(context.address_info["address"], flush=True)
+    sys.stdin.read()
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
