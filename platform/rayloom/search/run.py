@@ -161,6 +161,8 @@ def _tune(plan: SearchPlan, at_once: int) -> None:
                 storage_path=str(plan.folder),
                 stop=StopWhenRefused(),
                 callbacks=[LedgerWriter(plan)],
+                # A trial is a job, which keeps its own; by default Tune asks for one when a trial ends.
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 verbose=0,
             ),
         )

@@ -12,6 +12,7 @@ import os
 import queue
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ class TrialRun(tune.Trainable):
         self._metric = Metric(task.plan.search.metric)
         self._events: queue.Queue[Any] = queue.Queue()
         self._stop = threading.Event()
+        self._asked = 0.0
         self._last: dict[str, Any] = {}
         point = point_of(task.plan, config)
         self._thread = threading.Thread(target=self._run, args=(self.trial_name, point), daemon=True)
@@ -106,12 +108,14 @@ class TrialRun(tune.Trainable):
         self.end_job()
 
     def _next(self) -> Any:
+        """The job's next event. Meanwhile, and however fast they come: whether the search was told to stop."""
         while True:
-            try:
-                return self._events.get(timeout=_POLL_SECONDS)
-            except queue.Empty:
+            if time.monotonic() > self._asked + _POLL_SECONDS:
+                self._asked = time.monotonic()
                 if answer(self._task.monitor.stop_requested.remote(), self.trial_name):
                     self._stop.set()
+            with suppress(queue.Empty):
+                return self._events.get(timeout=_POLL_SECONDS)
 
     def _run(self, name: str, point: Point) -> None:
         """In a thread: the job, whose rows, result or error go into the queue."""
