@@ -1,7 +1,8 @@
 """Supervised fine-tuning against LlamaFactory, in an environment of its own, and against a loop written by hand.
 
-SmolLM2-135M, LoRA of rank 8 on all linear layers, bf16, 4 rows a step, cutoff 512. Each runs in a process of its own;
-they take turns, and of each the better turn counts. Tokens are those without padding; the first steps are left out.
+SmolLM2-135M, LoRA of rank 8 on all linear layers, 4 rows a step, cutoff 512, in bf16 where the processor computes it,
+else in fp32. Each runs in a process of its own; they take turns, and of each the better turn counts. Tokens are those
+without padding; the first steps are left out.
 Memory is the peak resident set of the process that trains. LlamaFactory is installed on the first run, into the user's
 cache folder (4 GB). Nothing else should run on the machine.
 """
@@ -66,7 +67,9 @@ def main() -> None:
 
 def report(best: dict[str, Figures], losses: dict[str, float]) -> None:
     """Print the table, and the ratios of what was run."""
-    print(f"\n{'':<34} tokens/s   peak MB   loss on {HELD_OUT} rows held out")
+    from tests.bench.bench_preference import precision
+
+    print(f"\n{precision():<34} tokens/s   peak MB   loss on {HELD_OUT} rows held out")
     for name, figures in best.items():
         loss = f"{losses[name]:.4f} after {figures['tokens']} tokens" if name in losses else ""
         print(f"  {name:<32} {figures['tokens_per_second']:8.0f} {figures['peak_mb']:9.0f}   {loss}")
@@ -86,14 +89,16 @@ def report(best: dict[str, Figures], losses: dict[str, float]) -> None:
         # 4 operations for each parameter and token: forward, and backward through frozen weights.
         gflops = 4 * 134.5e6 * best["rayloom"]["tokens_per_second"] / 1e9
         rate = matrix_rate()
-        print(f"  arithmetic: {gflops:.0f} GFLOP/s, {100 * gflops / rate:.0f} % of the bf16 matrix rate, {rate:.0f}")
+        print(f"  arithmetic: {gflops:.0f} GFLOP/s, {100 * gflops / rate:.0f} % of the matrix rate, {rate:.0f}")
 
 
 def matrix_rate() -> float:
-    """GFLOP/s of bf16 matrix products of this model's sizes."""
+    """GFLOP/s of matrix products of this model's sizes."""
     import torch
+    from tests.bench.bench_preference import precision
 
-    x, w = torch.randn(2048, 1536).bfloat16(), torch.randn(1536, 1536).bfloat16()
+    dtype = torch.bfloat16 if precision() == "bf16" else torch.float32
+    x, w = torch.randn(2048, 1536).to(dtype), torch.randn(1536, 1536).to(dtype)
     x @ w
     began = time.perf_counter()
     for _ in range(50):
@@ -118,6 +123,8 @@ def write_rows(folder: Path) -> None:
 
 def job(folder: Path, name: str, steps: int) -> dict[str, Any]:
     """The job file."""
+    from tests.bench.bench_preference import precision
+
     return {
         "name": name.replace(" ", "-"),
         "output_dir": str(folder),
@@ -134,7 +141,7 @@ def job(folder: Path, name: str, steps: int) -> dict[str, Any]:
             "learning_rate": LEARNING_RATE,
             "scheduler": "constant",
             "warmup": 0,
-            "precision": "bf16",
+            "precision": precision(),
             "device": "cpu",
             "activation_checkpointing": "checkpointing" in name,
         },
@@ -170,6 +177,8 @@ def run_rayloom(folder: Path, name: str, steps: int) -> Figures:
 
 def run_llamafactory(folder: Path, name: str, steps: int) -> Figures:
     """LlamaFactory with its defaults, or at its best: packed without leaks, no activation checkpointing."""
+    from tests.bench.bench_preference import precision
+
     from rayloom.models.source import model_folder
 
     settings: dict[str, Any] = {
@@ -193,7 +202,7 @@ def run_llamafactory(folder: Path, name: str, steps: int) -> Figures:
         "max_steps": steps,
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
-        "bf16": True,
+        "bf16": precision() == "bf16",
         "use_cpu": True,
         "report_to": "none",
         "save_strategy": "no",
@@ -281,7 +290,7 @@ def loop(folder: Path, steps: int) -> Figures:
     """The loop that one would write by hand: full batches of one length, PEFT, autocast, AdamW, no framework."""
     import peft
     import torch
-    from tests.bench.bench_preference import peak_mb
+    from tests.bench.bench_preference import peak_mb, precision
     from transformers import AutoModelForCausalLM
 
     from rayloom.models.source import model_folder
@@ -292,14 +301,16 @@ def loop(folder: Path, steps: int) -> Figures:
     rows = json.loads((folder / "train.json").read_text())
     text = "\n".join(row["instruction"] + "\n" + row["output"] for row in rows)
     ids = torch.tensor(tokenizer(text)["input_ids"][: steps * BATCH * CUTOFF]).view(-1, BATCH, CUTOFF)
-    model = AutoModelForCausalLM.from_pretrained(model_folder(MODEL), dtype=torch.bfloat16)
+    is_bf16 = precision() == "bf16"
+    dtype = torch.bfloat16 if is_bf16 else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(model_folder(MODEL), dtype=dtype)
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(model, config, autocast_adapter_dtype=True).train()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE)
     times = []
     for batch in ids:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_bf16):
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)

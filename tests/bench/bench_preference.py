@@ -1,4 +1,4 @@
-"""Preference training (DPO, LoRA on all linear layers, bf16) against TRL's `DPOTrainer`, on the same rows.
+"""Preference training (DPO, LoRA on all linear layers) against TRL's `DPOTrainer`, on the same rows.
 
 Both train every row once, in steps of as many pairs, without activation checkpointing; TRL's pairs are in the order of
 its own sampler. They take turns, and of each the better turn counts. The tokens of both are counted and must be equal.
@@ -53,7 +53,8 @@ def main() -> None:
     tokens = {name: figures[0]["tokens"] for name, figures in found.items()}
     assert tokens["TRL"] == tokens["Rayloom"], f"they did not train on the same tokens: {tokens}"
     best = {name: max(figures, key=lambda one: one["pairs_per_second"]) for name, figures in found.items()}
-    print(f"\n{options.pairs} pairs, {tokens['TRL']:.0f} tokens, {BATCH} pairs a step, cutoff {CUTOFF}, 1 worker")
+    about = f"{BATCH} pairs a step, cutoff {CUTOFF}, 1 worker, {precision()}"
+    print(f"\n{options.pairs} pairs, {tokens['TRL']:.0f} tokens, {about}")
     print("                pairs/s    peak MB")
     for name, figures in best.items():
         print(f"  {name:<10} {figures['pairs_per_second']:10.3f} {figures['peak_mb']:10.0f}")
@@ -106,7 +107,7 @@ def run_rayloom(rows: Path) -> Figures:
             "method": {"type": "lora", "rank": 8},
             "data": {"train": [{"path": str(rows), "ranking": True}], "cutoff": CUTOFF},
             "stage": {"type": "dpo"},
-            "train": {"batch_size": BATCH, "logging_steps": 1, "precision": "bf16", "device": "cpu"},
+            "train": {"batch_size": BATCH, "logging_steps": 1, "precision": precision(), "device": "cpu"},
         }
         file = Path(output) / "job.yaml"
         file.write_text(json.dumps(job))
@@ -125,6 +126,13 @@ def run_rayloom(rows: Path) -> Figures:
     seconds = [(row["tokens"] - then) / row["tokens_per_second"] for row, then in zip(metrics, before, strict=False)]
     pairs = metrics[-1]["examples_seen"] - metrics[WARM_UP - 1]["examples_seen"]
     return {"pairs_per_second": pairs / sum(seconds[WARM_UP:]), "peak_mb": peak[0], "tokens": result["tokens"]}
+
+
+def precision() -> str:
+    """What both compute in: bf16 where the processor does, else fp32."""
+    from rayloom.models.precision import choose_precision, computes_bf16
+
+    return choose_precision("auto", "cpu", bf16=computes_bf16("cpu"))
 
 
 def watch(pid: int, title: str, peak: list[float]) -> None:
@@ -166,6 +174,8 @@ def train_with_trl(rows: Path) -> Figures:
     from rayloom.models.tokenizer import load_tokenizer
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+    is_bf16 = precision() == "bf16"
+    dtype = torch.bfloat16 if is_bf16 else torch.float32
     times: list[float] = []
 
     class Clock(TrainerCallback):
@@ -174,14 +184,14 @@ def train_with_trl(rows: Path) -> Figures:
 
     with tempfile.TemporaryDirectory() as output:
         trainer = DPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(model_folder(MODEL), dtype=torch.bfloat16),
+            model=AutoModelForCausalLM.from_pretrained(model_folder(MODEL), dtype=dtype),
             args=DPOConfig(
                 output_dir=output,
                 per_device_train_batch_size=BATCH,
                 num_train_epochs=1,
                 learning_rate=1e-4,
                 max_length=CUTOFF,
-                bf16=True,
+                bf16=is_bf16,
                 use_cpu=True,
                 gradient_checkpointing=False,
                 save_strategy="no",

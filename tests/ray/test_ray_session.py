@@ -56,6 +56,50 @@ def test_a_local_ray_leaves_nothing(what: str, answer: object) -> None:
         time.sleep(0.2)
 
 
+EARLY = """
+import sys, time
+from rayloom.train.ray_session import own_ray, prepare_environment
+
+prepare_environment()
+with own_ray() as own:
+    print(own._folder, flush=True)
+    if sys.argv[1] == "killed":
+        own.address()
+        print("started", flush=True)
+        time.sleep(600)
+    time.sleep(float(sys.argv[1]))
+    sys.exit("no such key")
+"""
+
+
+@pytest.mark.parametrize("when", ["0", "3", "killed"])
+def test_a_job_that_never_used_it_leaves_nothing(when: str) -> None:
+    """Refused at once, or while Ray starts; or killed, which leaves nobody to end it but itself."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-c", EARLY, when]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        folder = process.stdout.readline().strip()
+        if when == "killed":
+            assert process.stdout.readline() == "started\n"
+            process.kill()
+        assert process.wait(timeout=60) != 0
+    until = time.monotonic() + 60
+    while left := [one.pid for one in psutil.process_iter() if folder in _command_of(one)]:
+        assert time.monotonic() < until, f"still there: {left}"
+        time.sleep(0.2)
+    while Path(folder).exists():
+        assert time.monotonic() < until
+        time.sleep(0.2)
+
+
+def _command_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
 def _is_same(pid: int, started: float) -> bool:
     try:
         process = psutil.Process(pid)

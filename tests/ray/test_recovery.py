@@ -65,7 +65,7 @@ def at_step(config: JobConfig, step: int, act: Callable[[], None]) -> Iterator[N
     done = threading.Event()
 
     def watch() -> None:
-        file, deadline = config.run_dir / "metrics.jsonl", time.monotonic() + 120
+        file, deadline = config.run_dir / "metrics.jsonl", time.monotonic() + 400
         while time.monotonic() < deadline:
             if file.exists() and any(f'"step": {step},' in line for line in file.read_text().splitlines()):
                 act()

@@ -303,6 +303,26 @@ def test_formats_are_told_by_the_columns_of_the_description(row, description, na
     assert detect_format(row, Description(**description)) == name
 
 
+def test_prompts_without_answers():
+    user, system = Message("user", "Q"), Message("system", "S")
+    prompts = Description(prompts_only=True)
+    assert FORMATS["alpaca"]({"instruction": "Q"}, prompts) == Example((user,))
+    assert FORMATS["alpaca"]({"instruction": "Q", "output": None, "system": "S"}, prompts) == Example((system, user))
+    answered = FORMATS["alpaca"]({"instruction": "Q", "output": "A"}, prompts)
+    assert answered == FORMATS["alpaca"]({"instruction": "Q", "output": "A"}, PLAIN)
+    open_ended = FORMATS["openai"]({"messages": [{"role": "user", "content": "Q"}]}, prompts)
+    assert open_ended == Example((user,))
+    assert open_ended.without_answer() == (open_ended, "")
+    assert answered.without_answer() == (open_ended, "A")
+    with pytest.raises(ValueError, match="has no turn that could be answered"):
+        FORMATS["openai"]({"messages": [{"role": "system", "content": "S"}]}, prompts)
+    with pytest.raises(ValueError, match=r"turn 1 is from the assistant where the user is due"):
+        FORMATS["openai"]({"messages": [{"role": "assistant", "content": "A"}]}, prompts)
+    named = Description(prompts_only=True, columns=Columns(prompt="question"))
+    assert detect_format({"question": "Q"}, named) == "alpaca"
+    assert FORMATS["alpaca"]({"question": "Q"}, named) == Example((user,))
+
+
 def test_plain_text():
     assert FORMATS["text"]({"text": "x", "url": "y"}, PLAIN) == Example(text="x")
     by_prompt = Description(columns=Columns(prompt="content", images="image"))

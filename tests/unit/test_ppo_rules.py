@@ -115,6 +115,17 @@ def test_references_that_cannot_be(parts: dict[str, Any], message: str) -> None:
         check_stage(job(**parts))
 
 
+def test_prompts_without_answers() -> None:
+    prompts = {"path": "b.jsonl", "prompts_only": True}
+    check_stage(job(data={"train": ["a.jsonl", prompts]}))
+    document = {"name": "sft", "model": {"path": "somewhere"}, "data": {"train": ["a.jsonl", prompts]}}
+    with pytest.raises(RequestError, match=r"data\.train\[1\]\.prompts_only: stage sft learns from the answers"):
+        check_stage(validate_job(Document("test", document)))
+    document["data"] = {"train": [{**prompts, "ranking": True}]}
+    with pytest.raises(RequestError, match=r"`prompts_only` \(no answer\) and `ranking`"):
+        validate_job(Document("test", document))
+
+
 def test_references_that_can_be() -> None:
     check_stage(job())
     check_stage(job(method={"adapters": ["a"], "new_adapter": True}))

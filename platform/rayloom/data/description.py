@@ -85,6 +85,8 @@ class Description(ConfigPart):
     told from the columns of the first row."""
     ranking: bool = False
     """Whether a row holds two answers, a better one and a worse one."""
+    prompts_only: bool = False
+    """Whether a row may be a prompt without an answer, for stage ppo; an answer that is there goes to the rewards."""
     columns: Columns = Columns()
     """Which column is what. Left out: the names that the format usually has."""
     tags: Tags = Tags()
@@ -94,6 +96,8 @@ class Description(ConfigPart):
     def _one_kind_of_judgement(self) -> Description:
         if self.ranking and self.columns.kto_tag:
             raise ValueError("`ranking` (two answers) and `columns.kto_tag` (one judged answer) exclude each other")
+        if self.prompts_only and (self.ranking or self.columns.kto_tag):
+            raise ValueError("`prompts_only` (no answer) and `ranking` or `columns.kto_tag` exclude each other")
         return self
 
 

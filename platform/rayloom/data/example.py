@@ -44,6 +44,7 @@ class Example:
 
     - a conversation: `messages`, an optional system message, user (or tool) and assistant in turn, the
       assistant last;
+    - a prompt: a conversation without its last answer;
     - a preference: `messages` is the prompt (it ends before an assistant turn); `chosen` and `rejected` go on from it;
     - a judged answer (KTO): a conversation with `desirable`;
     - plain text: `text`.
@@ -61,7 +62,7 @@ class Example:
     audios: tuple[Any, ...] = ()
 
     def without_answer(self) -> tuple[Example, str]:
-        """What is asked, and the data's own answer to it: the last one, of a preference the chosen one.
+        """What is asked, and the data's own answer to it: the last one, of a preference the chosen one, of a prompt "".
 
         Raises:
             ValueError: it is plain text, which asks nothing.
@@ -70,6 +71,8 @@ class Example:
             raise ValueError("the row is plain text, which asks nothing")
         if self.chosen:
             return Example(self.messages, self.tools), self.chosen[0].content
+        if self.messages[-1].role != "assistant":
+            return self, ""
         *messages, answer = self.messages
         return replace(self, messages=tuple(messages), desirable=None), answer.content
 

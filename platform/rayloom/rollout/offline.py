@@ -188,7 +188,8 @@ def predict(prediction: Prediction, say: Callable[[str], None]) -> int:
 
 def _data_set(prediction: Prediction) -> DataSet:
     source = DatasetConfig.model_validate(
-        {"path": prediction.prompts} | ({"format": prediction.format} if prediction.format else {})
+        {"path": prediction.prompts, "prompts_only": True}
+        | ({"format": prediction.format} if prediction.format else {})
     )
     return make_plan(DataConfig(train=[source]), seed=0, epochs=1).sets[0]
 

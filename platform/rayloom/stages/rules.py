@@ -16,7 +16,8 @@ def check_stage(job: JobConfig) -> None:
     Raises:
         RequestError: parts of the job that do not go together with its stage.
     """
-    faults = [text for rule in (_reference, _router_loss, _mask, _head_rate, _best_metric) if (text := rule(job))]
+    rules = (_prompts, _reference, _router_loss, _mask, _head_rate, _best_metric)
+    faults = [text for rule in rules if (text := rule(job))]
     if faults:
         raise RequestError(*faults)
 
@@ -55,6 +56,14 @@ def _reference(job: JobConfig) -> str | None:
         return f"stage.type: kto {why}; {more}"
     names = " and ".join(name for name in stage.weights if name not in FREE)
     return f"stage.loss: {names} {why}; {more}; or take a loss without a reference ({', '.join(FREE)})"
+
+
+def _prompts(job: JobConfig) -> str | None:
+    sets = [f"data.train[{number}]" for number, item in enumerate(job.data.train) if item.prompts_only]
+    sets += [f"data.eval[{number}]" for number, item in enumerate(job.data.eval) if item.prompts_only]
+    if not sets or job.stage.rows == "prompts":
+        return None
+    return f"{sets[0]}.prompts_only: stage {job.stage.type} learns from the answers of the data; only ppo makes its own"
 
 
 def _router_loss(job: JobConfig) -> str | None:

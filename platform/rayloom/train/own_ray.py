@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from contextlib import suppress
 from pathlib import Path
 
 import rayloom
 from rayloom.errors import JobError
 
+_SAYS = "the local Ray is at "
 _START_SECONDS = 180.0
 _END_SECONDS = 60.0
 
@@ -67,19 +68,18 @@ class OwnRay:
         """
         if self._address is None:
             assert self._process.stdout is not None
-            said = _line_within(self._process, _START_SECONDS)
-            if not said:
+            timer = threading.Timer(_START_SECONDS, self._process.kill)
+            timer.start()
+            try:
+                lines = (line.decode().strip() for line in self._process.stdout)
+                said = next((line for line in lines if line.startswith(_SAYS)), None)
+            finally:
+                timer.cancel()
+            if said is None:
                 last = self._log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
-                raise JobError(f"the local Ray did not start within {_START_SECONDS:g} s: {last[0]}")
-            self._address = said
+                raise JobError(f"the local Ray has not started, or not within {_START_SECONDS:g} s: {last[0]}")
+            self._address = said.removeprefix(_SAYS)
         return self._address
-
-
-def _line_within(process: subprocess.Popen[bytes], seconds: float) -> str:
-    """The first line that a process says; empty: it ended, or said nothing for so long."""
-    assert process.stdout is not None
-    ready, _, _ = select.select([process.stdout], [], [], seconds)
-    return process.stdout.readline().decode().strip() if ready else ""
 
 
 def main() -> None:
@@ -95,7 +95,7 @@ def main() -> None:
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
-    print(context.address_info["address"], flush=True)
+    print(_SAYS + context.address_info["address"], flush=True)
     sys.stdin.read()
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)

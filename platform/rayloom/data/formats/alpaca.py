@@ -18,9 +18,12 @@ def from_alpaca(row: Row, description: Description) -> Example:
     messages.append(Message("user", "\n".join(part for part in parts if part)))
     if description.ranking:
         chosen, rejected = _pair(row, columns)
-        return finish(row, columns, messages, chosen=[chosen], rejected=[rejected])
-    answer = Message("assistant", text(row, columns.response or "output"))
-    return finish(row, columns, [*messages, answer])
+        return finish(row, description, messages, chosen=[chosen], rejected=[rejected])
+    response = columns.response or "output"
+    answer = optional_text(row, response) if description.prompts_only else text(row, response)
+    if answer or not description.prompts_only:
+        messages.append(Message("assistant", answer))
+    return finish(row, description, messages)
 
 
 def _history(row: Row, column: str | None) -> list[Message]:

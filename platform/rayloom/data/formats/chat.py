@@ -74,7 +74,7 @@ def _from_turns(row: Row, description: Description, words: _Words, usual_column:
     system = optional_text(row, columns.system)
     head = [Message("system", system)] if system else []
     if not description.ranking:
-        return finish(row, columns, [*head, *_turns(row, column, words)])
+        return finish(row, description, [*head, *_turns(row, column, words)])
     chosen, rejected = _answers(row, columns, words)
     if chosen[0].role != "assistant" and rejected[0].role != "assistant":
         prompt = _common_beginning(chosen, rejected)
@@ -86,7 +86,7 @@ def _from_turns(row: Row, description: Description, words: _Words, usual_column:
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     else:
         prompt = _turns(row, column, words)
-    return finish(row, columns, [*head, *prompt], chosen=chosen, rejected=rejected)
+    return finish(row, description, [*head, *prompt], chosen=chosen, rejected=rejected)
 
 
 def _turns(row: Row, column: str, words: _Words) -> list[Message]:

@@ -86,7 +86,7 @@ def _guarded(name: str, function: Callable[[Row, Description], Any], file: Path)
             example = function(row, description)
             if not isinstance(example, Example):
                 raise ValueError(f"converter {name!r} returned {type(example).__name__}, not Example")
-            check_example(example)
+            check_example(example, prompts=description.prompts_only)
         except ValueError:
             raise
         except Exception as error:  # the user's code may raise anything; here it is a fault of the row

@@ -16,8 +16,8 @@ def detect_format(row: Row, description: Description | None = None) -> str | Non
     columns = (description or Description()).columns
     ranking = description is not None and description.ranking
     if columns.prompt in row:
-        answered = columns.response is not None or ranking
-        return "alpaca" if answered else "text"
+        asks = columns.response is not None or ranking or (description is not None and description.prompts_only)
+        return "alpaca" if asks else "text"
     for column in (columns.messages, columns.chosen if ranking else None):
         if column in row:
             return "openai" if _has_role(row[column]) else "sharegpt"

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rayloom.data.description import Columns, Description
+from rayloom.data.description import Description
 from rayloom.data.example import Example, Message, Role
 from rayloom.data.formats.calls import read_tools
 
@@ -58,7 +58,7 @@ def _desirable(row: Row, column: str | None) -> bool | None:
 
 def finish(
     row: Row,
-    columns: Columns,
+    description: Description,
     messages: Sequence[Message],
     *,
     chosen: Sequence[Message] = (),
@@ -69,6 +69,7 @@ def finish(
     Raises:
         ValueError: what is wrong with the row.
     """
+    columns = description.columns
     example = Example(
         messages=tuple(messages),
         tools=read_tools(row.get(columns.tools), f"column {columns.tools!r}") if columns.tools else (),
@@ -79,12 +80,15 @@ def finish(
         videos=media(row, columns.videos),
         audios=media(row, columns.audios),
     )
-    check_example(example)
+    check_example(example, prompts=description.prompts_only)
     return example
 
 
-def check_example(example: Example) -> None:
+def check_example(example: Example, *, prompts: bool = False) -> None:
     """Check what `Example` promises: the order of roles, and text that can be encoded.
+
+    Args:
+        prompts: whether it may be a prompt without an answer.
 
     Raises:
         ValueError: what is wrong, naming the turn.
@@ -95,7 +99,7 @@ def check_example(example: Example) -> None:
     if example.tools:
         check_text(_as_json(example.tools), "the description of the tools")
     if not example.chosen and not example.rejected:
-        _check_conversation(example.messages)
+        _check_conversation(example.messages, prompts)
         return
     for name, answer in (("better", example.chosen), ("worse", example.rejected)):
         try:
@@ -131,8 +135,9 @@ _DUE: dict[Role, tuple[Role, ...]] = {
 }
 
 
-def _check_conversation(messages: Sequence[Message]) -> None:
-    """System at most once and first, then user (or tools) and assistant in turn, ending with the assistant."""
+def _check_conversation(messages: Sequence[Message], prompts: bool = False) -> None:
+    """System at most once and first, then user (or tools) and assistant in turn, ending with the assistant, or with
+    what it is to answer."""
     for message in messages:
         check_text(message.content, f"a turn of the {message.role}")
         for call in message.tool_calls:
@@ -146,5 +151,7 @@ def _check_conversation(messages: Sequence[Message]) -> None:
                 "(user and assistant take turns, the user first)"
             )
         due = _DUE[message.role]
-    if not turns or turns[-1].role != "assistant":
+    if prompts and not turns:
+        raise ValueError("has no turn that could be answered")
+    if not prompts and (not turns or turns[-1].role != "assistant"):
         raise ValueError("ends without an assistant's answer, so there is nothing to learn")
