@@ -45,7 +45,8 @@ class StreamDataParallelTrainer(DataParallelTrainer):
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         if not self._can_grow:
-            parts["scaling_policy"] = _NothingRequested(self.scaling_config)
+            config: Any = self.scaling_config
+            parts["scaling_policy"] = _NothingRequested(config)
         return super()._initialize_and_run_controller(**parts)
 
 

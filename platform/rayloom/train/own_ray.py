@@ -87,7 +87,7 @@ def main() -> None:
     import ray
 
     folder = sys.argv[1]
-    context = ray.init(
+    ray.init(
         address="local",
         _temp_dir=folder,
         include_dashboard=False,
@@ -95,7 +95,7 @@ def main() -> None:
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
-    print(_SAYS + context.address_info["address"], flush=True)
+    print(_SAYS + ray.get_runtime_context().gcs_address, flush=True)
     sys.stdin.read()
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
