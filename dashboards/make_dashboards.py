@@ -48,7 +48,7 @@ def _of_job(metric: str, legend: str = "{{job}}") -> tuple[str, str]:
 
 def _rate(metric: str, legend: str = "{{job}}") -> tuple[str, str]:
     """Of a count that grows."""
-    return f"max by (job, of) (rate(ray_rayloom_{metric}{{{JOB}}}[1m]))", legend
+    return f"max by (job, of) (rate(ray_rayloom_{metric}{{{JOB}}}[5m]))", legend
 
 
 DASHBOARDS = (

@@ -168,7 +168,7 @@ def test_a_job_of_stage_ppo(prometheus: Prometheus, tiny_model: Path, tmp_path: 
     mine = {key.replace('job=~".*"', 'job="watched-ppo"'): name for key, name in panels("rollouts").items()}
     with training(config, tmp_path) as log:
         wait_for_data(prometheus, mine, log)
-        (rate,) = prometheus.series('rate(ray_rayloom_engine_tokens{job="watched-ppo"}[1m])')
+        (rate,) = prometheus.series('rate(ray_rayloom_engine_tokens{job="watched-ppo"}[5m])')
         assert float(rate["value"][1]) > 0
         (restarts,) = prometheus.series('ray_rayloom_engine_restarts{job="watched-ppo"}')
         assert float(restarts["value"][1]) == 0
