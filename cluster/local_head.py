@@ -22,6 +22,7 @@ def main() -> None:
             print(f"Ray is ready; dashboard: {head.address}. In the terminal that submits jobs:\n")
             for name, value in head.environment.items():
                 print(f"export {name}={value}")
+            print(f"\nTo see its metrics: python cluster/monitoring.py --ray-folder {head.folder}")
             print("\nCtrl-C ends it.", flush=True)
             sys.exit(f"the head ended by itself, with exit status {head.wait()}")
     except KeyboardInterrupt:

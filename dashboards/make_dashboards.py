@@ -1,7 +1,8 @@
-"""Grafana's dashboards as code: `python dashboards/make_dashboards.py` writes `grafana/*.json`.
+"""Grafana's dashboards as code: `python dashboards/make_dashboards.py` writes `grafana/*.json`, and for Kubernetes
+`k8s/base/prometheus-rule.yaml` with the rules of `prometheus/alerts.yaml`.
 
-Only what is measured is shown: `ray_rayloom_*` is a row of a job's `metrics.jsonl`, the rest is Ray's own. All of a
-dashboard is told by its panels; the JSON around them is the same for each.
+Only what is measured is shown: `ray_rayloom_*` is in `platform/rayloom/train/gauges.py`, the rest is Ray's own. All of
+a dashboard is told by its panels; the JSON around them is the same for each.
 """
 
 from __future__ import annotations
@@ -11,7 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_FOLDER = Path(__file__).resolve().parent / "grafana"
+import yaml
+
+_HERE = Path(__file__).resolve().parent
+_FOLDER = _HERE / "grafana"
+_RULE = _HERE.parent / "k8s" / "base" / "prometheus-rule.yaml"
 _WIDTH, _HEIGHT = 12, 8
 JOB = 'job=~"$job"'
 
@@ -41,6 +46,11 @@ def _of_job(metric: str, legend: str = "{{job}}") -> tuple[str, str]:
     return f"max by (job, of) (ray_rayloom_{metric}{{{JOB}}})", legend
 
 
+def _rate(metric: str, legend: str = "{{job}}") -> tuple[str, str]:
+    """Of a count that grows."""
+    return f"max by (job, of) (rate(ray_rayloom_{metric}{{{JOB}}}[5m]))", legend
+
+
 DASHBOARDS = (
     Dashboard(
         "training",
@@ -52,8 +62,41 @@ DASHBOARDS = (
             Panel("Gradient norm", (_of_job("grad_norm"),)),
             Panel("Progress", (_of_job("progress"),), "percentunit"),
             Panel("Seconds of a step by part", (_of_job("step_seconds", "{{job}} {{of}}"),), "s"),
+            Panel("What the job does", ((
+                f"max by (job, of) (ray_rayloom_state{{{JOB}}}) == 1", "{{job}} {{of}}"),)),
+            Panel("Faults and moves to other nodes", (_of_job("breaks", "{{job}} {{of}}"),)),
+            Panel("Age of the last checkpoint", ((
+                f"time() - max by (job) (ray_rayloom_checkpoint_time{{{JOB}}})", "{{job}}"),), "s"),
         ),
-        "ray_rayloom_step",
+        "ray_rayloom_state",
+    ),
+    Dashboard(
+        "rollouts",
+        "Rayloom: rollouts",
+        (
+            Panel("Reward of an answer", (
+                _of_job("reward", "{{job}} {{of}}"), _of_job("eval_reward", "{{job}} evaluation {{of}}"))),
+            Panel("Divergence of an answer from the reference, in nats", (
+                _of_job("kl"), _of_job("kl_coefficient", "{{job}} its weight"))),
+            Panel("Tokens per second of all engines", (_rate("engine_tokens"),)),
+            Panel("Share of the time that an engine answers", (
+                _rate("engine_busy_seconds", "{{job}} engine {{of}}"),), "percentunit"),
+            Panel("Tokens of an answer", (_of_job("answer_tokens"),)),
+            Panel("Share of the answers that were cut off", (_of_job("unfinished"),), "percentunit"),
+            Panel("Policy versions", (
+                _of_job("policy_version", "{{job}} trainer"), _of_job("engine_version", "{{job}} engines"))),
+            Panel("Age of the answers that are learnt from, in versions", (_of_job("staleness"),)),
+            Panel("Difference of engine and trainer, in nats a token", (
+                _of_job("mismatch"), _of_job("mismatch_kl", "{{job}} divergence"),
+                _of_job("probe_difference", "{{job}} probe"))),
+            Panel("Seconds of a sync of weights", (_of_job("sync_seconds"),), "s"),
+            Panel("Share of the tokens that were clipped", (_of_job("clipped"),), "percentunit"),
+            Panel("Entropy of the policy, in nats a token", (_of_job("entropy"),)),
+            Panel("Losses of policy and value head", (
+                _of_job("policy_loss", "{{job}} policy"), _of_job("value_loss", "{{job}} value head"))),
+            Panel("Engines that were started again", (_of_job("engine_restarts"),)),
+        ),
+        "ray_rayloom_engine_version",
     ),
     Dashboard(
         "data",
@@ -126,8 +169,21 @@ def as_json(dashboard: Dashboard) -> dict[str, Any]:
     }
 
 
+def as_rule(alerts: str) -> str:
+    """The rules of a Prometheus rule file as the Prometheus operator takes them."""
+    body = {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PrometheusRule",
+        "metadata": {"name": "rayloom"},
+        "spec": yaml.safe_load(alerts),
+    }
+    text = yaml.safe_dump(body, sort_keys=False, width=120, allow_unicode=True)
+    return f"# Made of dashboards/prometheus/alerts.yaml by dashboards/make_dashboards.py.\n{text}"
+
+
 def main() -> None:
     _FOLDER.mkdir(exist_ok=True)
+    _RULE.write_text(as_rule((_HERE / "prometheus" / "alerts.yaml").read_text()))
     for dashboard in DASHBOARDS:
         (_FOLDER / f"{dashboard.name}.json").write_text(json.dumps(as_json(dashboard), indent=2) + "\n")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,10 @@ def demo(overlay: str = "cpu", *overrides: str, **options: Any) -> list[Document
 def test_an_overlay_is_in_order_and_is_what_render_writes(overlay):
     documents = check(ROOT / "k8s" / "overlays" / overlay)
     kinds = {document.kind for document in documents}
-    assert {"RayJob", "PersistentVolumeClaim", "ServiceAccount", "NetworkPolicy", "PodMonitor", "ConfigMap"} <= kinds
+    assert {"RayJob", "PersistentVolumeClaim", "ServiceAccount", "NetworkPolicy", "ConfigMap"} <= kinds
+    assert {"PodMonitor", "PrometheusRule"} <= kinds
+    (pages,) = (d.body for d in documents if "grafana_dashboard" in d.body["metadata"].get("labels", {}))
+    assert {json.loads(text)["uid"] for text in pages["data"].values()} >= {"rayloom-training", "rayloom-rollouts"}
     assert ("RayCluster" in kinds) == (overlay != "kueue")
     assert ("PodDisruptionBudget" in kinds) == (overlay != "dev")
     built, rendered = job_of(documents), job_of(demo(overlay))

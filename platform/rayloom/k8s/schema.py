@@ -18,7 +18,11 @@ KUBERAY = "v1.7.0"
 _CORE_VERSION = "1.33"
 _RAY_KINDS = ("RayCluster", "RayJob")
 # Of other operators, whose schemas are not carried: only that they are what they call themselves.
-_OTHERS = {"PodMonitor": "monitoring.coreos.com/v1", "LocalQueue": "kueue.x-k8s.io/v1beta1"}
+_OTHERS = {
+    "PodMonitor": "monitoring.coreos.com/v1",
+    "PrometheusRule": "monitoring.coreos.com/v1",
+    "LocalQueue": "kueue.x-k8s.io/v1beta1",
+}
 _METADATA = ("name", "namespace", "labels", "annotations")
 
 

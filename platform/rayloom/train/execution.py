@@ -25,6 +25,7 @@ from rayloom.data.rows import COUNTERS, CUT, DROP_REASONS, HELD_OUT, TOKENS_CUT
 from rayloom.errors import JobError, RequestError
 from rayloom.train.checkpoints import keep_snapshot
 from rayloom.train.faults import draining_nodes, fault_of
+from rayloom.train.gauges import Gauges, JobGauges
 from rayloom.train.host import Host
 from rayloom.train.launch import Work, ray_trainer
 from rayloom.train.monitor import answer, start_monitor
@@ -36,6 +37,7 @@ from rayloom.train.track import Trackers
 _POLL_SECONDS = 0.25
 _WATCH_SECONDS = 2.0  # between two looks at the nodes
 _GROW_SECONDS = 60.0  # between two tries to get more workers
+_SHOW_SECONDS = 2.0  # between two updates of Ray's gauges
 _VERSIONS = ("ray", "torch", "transformers", "peft", "accelerate", "deepspeed")
 
 
@@ -46,6 +48,7 @@ class Execution:
         self._work, self._reporter, self._phases, self._host = work, reporter, phases, host
         self._asked = work.asked
         self._trackers: Trackers | None = None  # from the first row of metrics on
+        self._gauges = JobGauges(Gauges(work.job.name), work.fleet)
         self._monitor = start_monitor()
         self._nodes: set[str] = set()  # where workers are
         self._group: Any = None  # the placement group that the workers hold
@@ -53,11 +56,13 @@ class Execution:
         self._refused: RequestError | None = None
         self._failed: str | None = None  # why, as the first worker that gave up says it
         self._trains = False
+        self._is_starting = True  # no row of metrics yet since the workers were started last
+        self._checkpoint_time: float | None = None  # of the last one that counts, or of the first row
         self._collecting = threading.Lock()
         self._breaks: list[dict[str, Any]] = []  # faults and moves, for `result.json`
         self._stop_asked = False
         self._move: str | None = None  # why the workers were told to stop, if not for good
-        self._watched = self._tried_to_grow = time.monotonic()
+        self._watched = self._tried_to_grow = self._shown = time.monotonic()
 
     def run(self) -> dict[str, Any]:
         """Train; return what `result.json` holds. On the way: metrics to file and screen, signals to the workers.
@@ -76,6 +81,7 @@ class Execution:
                         self._ask_to_stop("told to end")
                     self._collect()
                     self._watch()
+                    self._show()
             self._collect()
         except KeyboardInterrupt:
             if not self._trains:
@@ -135,6 +141,7 @@ class Execution:
         """
         with self._collecting:
             self._monitor, self._nodes, self._move = start_monitor(), set(), None
+            self._is_starting = True
         if self._stop_asked:
             self._monitor.request_stop.remote()
         if self._work.fleet is not None:
@@ -176,6 +183,14 @@ class Execution:
         self._reporter.say(f"{why}: saving a checkpoint after this step")
         self._monitor.request_stop.remote()
 
+    def _show(self) -> None:
+        """Give Ray's gauges what is in no row of metrics."""
+        if (now := time.monotonic()) < self._shown + _SHOW_SECONDS:
+            return
+        self._shown = now
+        state = "stopping" if self._stop_asked or self._move else "starting" if self._is_starting else "training"
+        self._gauges.show(state, [item["kind"] for item in self._breaks], self._checkpoint_time)
+
     def _collect(self) -> None:
         with self._collecting:
             for event in answer(self._monitor.collect.remote(), "the driver"):
@@ -196,6 +211,8 @@ class Execution:
             self._nodes.add(event["id"])
         elif event["kind"] == "placement group":
             self._group = event["group"]
+        elif event["kind"] == "checkpoint":
+            self._checkpoint_time = event["time"]
         elif event["kind"] == "manifest":
             with run.manifest_file.open("a") as file:
                 file.write(json.dumps(event["row"]) + "\n")
@@ -203,6 +220,8 @@ class Execution:
             if not self._trains:
                 self._trains = True
                 run.settle()
+            self._is_starting = False
+            self._checkpoint_time = self._checkpoint_time or time.time()
             if self._breaks:
                 self._breaks[-1].setdefault("seconds", round(time.time() - self._breaks[-1]["time"], 2))
             with run.metrics_file.open("a") as file:

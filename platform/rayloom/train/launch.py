@@ -89,6 +89,7 @@ def ray_trainer(work: Work, monitor: Any) -> Any:
     job, run, resources = work.job, work.run, work.resources
     import ray.train
 
+    from rayloom.train.checkpoint_news import CheckpointNews
     from rayloom.train.data_parallel import ProcessGroupConfig, StreamDataParallelTrainer
 
     worker: Any = _train_worker
@@ -122,6 +123,7 @@ def ray_trainer(work: Work, monitor: Any) -> Any:
         run_config=ray.train.RunConfig(
             name=CHECKPOINTS,
             **_storage(run.place),
+            callbacks=[CheckpointNews(monitor)],
             failure_config=ray.train.FailureConfig(max_failures=0, **_NO_ENDLESS_RETRY),
             **_worker_environment(resources),
             checkpoint_config=ray.train.CheckpointConfig(

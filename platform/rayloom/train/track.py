@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 
 from rayloom.config.job import JobConfig
 from rayloom.errors import RequestError, first_line
+from rayloom.train.gauges import Gauges
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
 """What each tracker of `train.track` needs."""
@@ -96,22 +96,15 @@ class Trackers:
 
 
 class RayMetrics:
-    """Gauges `rayloom_<name>` of Ray, which its nodes export to Prometheus; tags: `job`, and `of` for parts of one."""
+    """Gauges of Ray, which its nodes export to Prometheus."""
 
     def __init__(self, job: JobConfig, folder: Path) -> None:
-        from ray.util.metrics import Gauge
-
-        self._gauge = Gauge
-        self._job = job.name
-        self._made: dict[str, Any] = {}
+        self._gauges = Gauges(job.name)
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         for name, value in {"step": float(step), **numbers}.items():
             measure, _, part = name.partition("/")
-            metric = "rayloom_" + re.sub(r"[^a-zA-Z0-9_]", "_", measure)
-            if metric not in self._made:
-                self._made[metric] = self._gauge(metric, description=f"{measure} of a job", tag_keys=("job", "of"))
-            self._made[metric].set(value, tags={"job": self._job, "of": part})
+            self._gauges.set(measure, value, part)
 
     def close(self) -> None:
         """Ray ends them with the driver."""

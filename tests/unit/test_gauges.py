@@ -1,0 +1,63 @@
+"""The names and texts under which a job's numbers are told to Prometheus."""
+
+from __future__ import annotations
+
+import re
+from typing import get_args
+
+import pytest
+
+from rayloom.rollout.config import RolloutConfig
+from rayloom.rollout.members import Members
+from rayloom.rollout.request import EngineOptions
+from rayloom.stages.config import StageConfig
+from rayloom.train.gauges import HELP, STATES, JobGauges, engine_measure, help_text
+
+
+def test_every_measure_of_a_stage_has_a_text():
+    stages = get_args(get_args(StageConfig)[0])
+    assert len(stages) > 4
+    measures = {name.partition("/")[0] for stage in stages for name in stage.measures}
+    assert measures <= HELP.keys()
+
+
+def test_names_are_prometheus_names():
+    assert all(re.fullmatch(r"[a-z][a-z_]*", name) for name in HELP)
+    assert all(text[0].isupper() or text[0].isdigit() for text in HELP.values())
+
+
+def test_texts():
+    assert help_text("kl") == HELP["kl"]
+    assert help_text("eval_loss") == f"Of the evaluation: mean{HELP['loss'].removeprefix('Mean')}"
+    assert help_text("unheard_of") == "unheard_of of metrics.jsonl"
+
+
+def test_every_count_of_the_fleet_has_a_text():
+    options = EngineOptions(model="m", precision="fp32", max_length=8, adapter_rank=None, device="cpu")
+    counts = Members(RolloutConfig(engines=12), options, (1,)).metrics()
+    assert {engine_measure(name)[0] for name in (*counts, "prompts", "tokens", "generate_seconds")} <= HELP.keys()
+    assert engine_measure("busy_seconds_11") == ("engine_busy_seconds", "11")
+    assert engine_measure("restarts") == ("engine_restarts", "")
+
+
+class Book:
+    """Writes down what a gauge would be set to."""
+
+    def __init__(self) -> None:
+        self.entries: dict[tuple[str, str], float] = {}
+
+    def set(self, measure: str, value: float, of: str = "") -> None:
+        self.entries[measure, of] = float(value)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_job_is_in_one_state(state):
+    book = Book()
+    gauges = JobGauges(book, None)
+    gauges.show(state, ["fault", "moved", "fault"], None)
+    assert {of for (measure, of), value in book.entries.items() if measure == "state" and value} == {state}
+    assert (book.entries["breaks", "fault"], book.entries["breaks", "moved"]) == (2, 1)
+    assert ("checkpoint_time", "") not in book.entries, "there is none before it trains"
+    gauges.show(state, [], 1e9)
+    assert book.entries["checkpoint_time", ""] == 1e9
+    assert book.entries["breaks", "fault"] == 0
