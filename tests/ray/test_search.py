@@ -43,7 +43,7 @@ def test_a_bad_trial_is_stopped_early(tiny_model: Path, sets: list[dict[str, Any
         "reduction": 2,
         "space": {"train.learning_rate": "grid(1e-2, 1e-8)", "method.target": {"choice": ["all", ["no_such"]]}},
     }
-    part = {"max_steps": 400, "scheduler": "constant", "warmup": 0.0, "save_steps": 1000}
+    part = {"max_steps": 200, "scheduler": "constant", "warmup": 0.0, "save_steps": 1000}
     ledger = run_search(document(tiny_model, tmp_path, sets, search, train=part))
     status = {
         (trial["values"]["train.learning_rate"], str(trial["values"]["method.target"])): trial
@@ -51,7 +51,7 @@ def test_a_bad_trial_is_stopped_early(tiny_model: Path, sets: list[dict[str, Any
     }
     good, bad = status[1e-2, "all"], status[1e-8, "all"]
     assert (good["status"], bad["status"]) == ("finished", "stopped early")
-    assert bad["step"] < 400
+    assert bad["step"] < 200
     failed = [trial for trial in ledger["trials"] if trial["status"] == "failed"]
     assert len(failed) == 2
     assert all("no_such" in trial["error"] for trial in failed)
@@ -59,7 +59,7 @@ def test_a_bad_trial_is_stopped_early(tiny_model: Path, sets: list[dict[str, Any
     folder = Path(bad["run_dir"])
     result = json.loads((folder / "result.json").read_text())
     assert result["status"] == "stopped"
-    assert result["steps"] < 400
+    assert result["steps"] < 200
     assert (folder / "checkpoints" / f"step-{result['steps']:08d}").is_dir()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == result["steps"]
@@ -94,7 +94,7 @@ def test_more_than_the_cluster_has(tiny_model: Path, sets: list[dict[str, Any]],
 def test_a_search_goes_on(number: signal.Signals, tiny_model: Path, sets: list[dict[str, Any]], tmp_path: Path) -> None:
     """Ended while its second trial trains: the first is not run again, the second goes on from its checkpoint."""
     search = {"searcher": "grid", "concurrent": 1, "space": {"train.learning_rate": "grid(1e-2, 1e-3, 1e-4)"}}
-    part = {"max_steps": 300, "save_steps": 20}
+    part = {"max_steps": 120, "save_steps": 10}
     whole = document(tiny_model, tmp_path, sets, search, train=part)
     file = tmp_path / "job.yaml"
     file.write_text(dump_document(whole.data))
@@ -110,14 +110,14 @@ def test_a_search_goes_on(number: signal.Signals, tiny_model: Path, sets: list[d
         time.sleep(0.2)
     time.sleep(2)
     process.send_signal(number)
-    process.wait(120)
+    process.wait(240)
     first = (folder / "trials" / "search-0001" / "result.json").read_text()
     assert json.loads(first)["status"] == "finished"
     ledger = run_search(Document("job.yaml", {**whole.data, "resume": True}))
     assert [trial["status"] for trial in ledger["trials"]] == ["finished"] * 3
     assert (folder / "trials" / "search-0001" / "result.json").read_text() == first
     rows = (folder / "trials" / "search-0002" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(row)["step"] for row in rows] == list(range(1, 301))
+    assert [json.loads(row)["step"] for row in rows] == list(range(1, 121))
 
 
 @pytest.mark.slow
