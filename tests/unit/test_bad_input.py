@@ -171,7 +171,7 @@ def test_every_fault_has_its_own_line(refused):
             "OVERRIDE: name: '../run' must start with a letter or digit and hold only letters, digits, "
             "'.', '-' and '_'",
         ),
-        ("train.epoch=1", "override of 'train.epoch': train has no key 'epoch'; did you mean 'epochs'?"),
+        ("train.epoch=1", "override 'train.epoch=1': train has no key 'epoch'; did you mean 'epochs'?"),
         (
             "data.train[1].weight=1",
             "OVERRIDE: there is no entry 1; the job file has 1, counted from 0 "

@@ -63,13 +63,13 @@ def test_later_overrides_win(job_file):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("zzz=1", f"override of 'zzz': the job has no key 'zzz'; known here: {TOP}"),
-        ("train.sed=1", "override of 'train.sed': train has no key 'sed'; did you mean 'seed'?"),
+        ("zzz=1", f"override 'zzz=1': the job has no key 'zzz'; known here: {TOP}"),
+        ("train.sed=1", "override 'train.sed=1': train has no key 'sed'; did you mean 'seed'?"),
         (
             "data.train[0].weigth=1",
-            "override of 'data.train[0].weigth': data.train.0 has no key 'weigth'; did you mean 'weight'?",
+            "override 'data.train[0].weigth=1': data.train.0 has no key 'weigth'; did you mean 'weight'?",
         ),
-        ("model.path.x=1", "override of 'model.path.x': model.path has no key 'x'"),
+        ("model.path.x=1", "override 'model.path.x=1': model.path has no key 'x'"),
         (
             "data.train[2]=z.json",
             "override 'data.train[2]=z.json': there is no entry 2; the job file has 2, counted from 0 "

@@ -20,7 +20,7 @@ from rayloom.stages.ppo_config import PpoConfig
 from rayloom.train.run_dir import check_run_dir, open_run_dir
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = sorted((ROOT / "jobs").rglob("*.yaml"))
+RECIPES = [path for path in sorted((ROOT / "jobs").rglob("*.yaml")) if path.parent.name != "pipelines"]
 needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl, which builds kustomizations")
 
 

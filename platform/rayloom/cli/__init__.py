@@ -39,21 +39,25 @@ def cli() -> None:
 def train(job_file: str, overrides: tuple[str, ...], verbose: bool) -> None:
     """Run a job here: on the cluster that RAY_ADDRESS names, else on a private local Ray.
 
-    Ctrl-C or SIGTERM once stops it with a checkpoint; resume=true goes on from there.
+    Ctrl-C or SIGTERM once stops it with a checkpoint; resume=true goes on from there. A file with `steps` is a
+    pipeline: its jobs run one after the other, and those that are finished are not run again.
 
     \b
     rayloom train jobs/demo.yaml train.learning_rate=1e-4 'data.train[0].weight=0.2'
     rayloom train jobs/demo.yaml resume=true
+    rayloom train jobs/pipelines/sft-dpo.yaml 'steps[1].train.learning_rate=1e-5'
     """
     from rayloom.config.read import read_job
+    from rayloom.pipeline.read import is_pipeline, read_pipeline
+    from rayloom.train.any_stage import run_any
     from rayloom.train.ray_session import JOB_CONFIG
 
-    job = read_job(job_file, overrides)
-    if job.stage.type == "spin":
-        from rayloom.train.self_play import run_self_play as run
+    if is_pipeline(job_file):
+        from rayloom.pipeline.run import run_pipeline
+
+        result = run_pipeline(read_pipeline(job_file, overrides), started=STARTED, verbose=verbose)
     else:
-        from rayloom.train.driver import run_job as run
-    result = run(job, started=STARTED, verbose=verbose)
+        result = run_any(read_job(job_file, overrides), started=STARTED, verbose=verbose)
     if result["status"] == "stopped":
         kept = [override for override in overrides if not override.startswith(("overwrite=", "resume="))]
         again = f"to go on: rayloom train {' '.join([job_file, *kept])} resume=true"

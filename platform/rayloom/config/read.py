@@ -22,10 +22,20 @@ def read_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     Raises:
         RequestError: with one message per fault, each naming file and line (or the override), key and remedy.
     """
+    return validate_job(read_job_document(path, overrides))
+
+
+def read_job_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
+    """A job file as it was written, with the overrides in it; `validate_job` checks it."""
     document = read_document(Path(path))
+    if "steps" in document.data:
+        raise RequestError(
+            f"{document.place(('steps',))}: steps: this is a pipeline of jobs, which `rayloom train` and "
+            "`rayloom submit` run; name a job's file here"
+        )
     for override in overrides:
         _apply_override(document, override)
-    return validate_job(document)
+    return document
 
 
 def validate_job(document: Document) -> JobConfig:
@@ -54,29 +64,53 @@ _STEP = re.compile(r"([^.\[\]]+)|\[([0-9]+)\]")
 
 
 def _apply_override(document: Document, override: str) -> None:
+    key, value = read_override(override)
+    set_key(document, key, value, f"override {override!r}")
+
+
+def read_override(override: str) -> tuple[str, Any]:
+    """The key and the value of `key=value`.
+
+    Raises:
+        RequestError: it has another form, or the value is not YAML.
+    """
     key, equals, text = override.partition("=")
     if not equals or not _KEY.fullmatch(key):
         raise RequestError(
             f"override {override!r}: write it as key=value, for example train.epochs=3 or data.train[0].weight=0.5"
         )
     try:
-        value = parse_value(text)
+        return key, parse_value(text)
     except ValueError:
         raise RequestError(f"override {override!r}: the value {text!r} is not YAML") from None
-    steps: list[str | int] = []
-    for name, index in _STEP.findall(key):
-        steps.append(int(index or name) if index or name.isdecimal() else name)
-    _check_key(key, steps)
+
+
+def set_key(document: Document, key: str, value: Any, place: str) -> None:
+    """Set a key that is written as an override writes it: `train.epochs`, `data.train[0].weight`.
+
+    Args:
+        place: where the value comes from, for messages.
+
+    Raises:
+        RequestError: no job has such a key, or the document has no place for it.
+    """
+    steps = key_steps(key)
+    _check_key(key, steps, place)
     target: Any = document.data
     for position, step in enumerate(steps[:-1]):
-        _check_step(target, steps[: position + 1], override)
+        _check_step(target, steps[: position + 1], place)
         target = _descend(target, step, isinstance(steps[position + 1], int))
-    _check_step(target, steps, override)
+    _check_step(target, steps, place)
     target[steps[-1]] = value
-    stale = [place for place in document.places if place[: len(steps)] == tuple(steps)]
-    for place in stale:
-        del document.places[place]
-    document.places[tuple(steps)] = f"override {override!r}"
+    stale = [known for known in document.places if known[: len(steps)] == tuple(steps)]
+    for known in stale:
+        del document.places[known]
+    document.places[tuple(steps)] = place
+
+
+def key_steps(key: str) -> list[str | int]:
+    """`data.train[0].weight` as the steps from the top of a document."""
+    return [int(index or name) if index or name.isdecimal() else name for name, index in _STEP.findall(key)]
 
 
 def _descend(target: Any, step: str | int, wants_list: bool) -> Any:
@@ -88,22 +122,22 @@ def _descend(target: Any, step: str | int, wants_list: bool) -> Any:
     return target[step]
 
 
-def _check_step(target: Any, steps: Sequence[str | int], override: str) -> None:
+def _check_step(target: Any, steps: Sequence[str | int], place: str) -> None:
     """Refuse a last step that `target`, where the others lead to, has no place for."""
     index = steps[-1]
     if isinstance(index, str):
         if not isinstance(target, dict):
-            raise RequestError(f"override {override!r}: {_dotted(tuple(steps[:-1]))} is not a mapping in the job file")
+            raise RequestError(f"{place}: {_dotted(tuple(steps[:-1]))} is not a mapping in the job file")
     elif not isinstance(target, list) or index >= len(target):
         there = len(target) if isinstance(target, list) else 0
         raise RequestError(
-            f"override {override!r}: there is no entry {index}; the job file has {there}, counted from 0 "
+            f"{place}: there is no entry {index}; the job file has {there}, counted from 0 "
             "(to replace the list, give all of it: data.train='[{path: a.jsonl}, {path: b.jsonl}]')"
         )
 
 
-def _check_key(key: str, steps: Sequence[str | int]) -> None:
-    """Refuse an override of a key that no job has, before pydantic sees it, in the override's own words."""
+def _check_key(key: str, steps: Sequence[str | int], place: str) -> None:
+    """Refuse a key that no job has, before pydantic sees it, in the words of whoever sets it."""
     annotation: Any = JobConfig
     for depth, step in enumerate(steps):
         if isinstance(step, int):
@@ -114,7 +148,7 @@ def _check_key(key: str, steps: Sequence[str | int]) -> None:
         if step not in known:
             where = ".".join(map(str, steps[:depth])) or "the job"
             reason = did_you_mean(step, list(known)) if known else ""
-            raise RequestError(f"override of {key!r}: {where} has no key {step!r}{reason}")
+            raise RequestError(f"{place}: {where} has no key {step!r}{reason}")
         annotation = known[step]
 
 

@@ -13,7 +13,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -58,35 +58,9 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
     for library in _TALKATIVE:
         logging.getLogger(library).setLevel(logging.ERROR)
     run = check_run_dir(job)
-    check_combination(job)
-    check_stage(job)
-    check_ppo(job)
-    check_environment(job.optimizer, job.train.device)
-    check_trackers(job)
-    deepspeed = read_deepspeed_json(job.train)
-    plan = plan_data(job)
-    eval_plan = prepare_eval(job)
+    plan, eval_plan, encoder, options, first, deepspeed = check_job(job)
     if job.resume:
         check_data(run, plan.fingerprints)
-    if job.train.device == "cpu":
-        choose_precision(job.train.precision, "cpu", bf16=computes_bf16("cpu"))
-
-    with collector_off():  # these import torch and transformers
-        _check_model(job, job.train.device)
-        _check_method(job)
-        if job.stage.type == "ppo":
-            from rayloom.train.ppo_check import (  # these load torch
-                check_lengths_and_heads,
-                check_reward_functions,
-                check_reward_models,
-            )
-
-            check_reward_functions(job)
-            check_lengths_and_heads(job)
-            check_reward_models(job)
-        encoder = make_encoder(job)
-    options = with_stores(job, plan, encoder, segment_options(job))
-    first = _first_segment(job, plan, encoder, options)
     phases["checks"] = time.time()
 
     with Reporter() as reporter, ray_session(verbose=verbose) as own_cluster:
@@ -138,6 +112,54 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
             if fleet is not None:
                 phases["engines"] = time.time()
             return Execution(replace(work, fleet=fleet), reporter, phases).run()
+
+
+class CheckedJob(NamedTuple):
+    """A job that nothing speaks against before there is a cluster, and what was read of it on the way."""
+
+    plan: Plan
+    eval_plan: Plan | None
+    encoder: Encoder
+    options: SegmentOptions
+    first: pa.Table
+    """The rows of the stream's first segment."""
+    deepspeed: dict[str, Any]
+    """What `train.deepspeed_json` says."""
+
+
+def check_job(job: JobConfig) -> CheckedJob:
+    """Refuse all that can be refused without a cluster. Loads no weights, and looks at no run directory.
+
+    Raises:
+        RequestError: naming the key and what would be right.
+    """
+    check_combination(job)
+    check_stage(job)
+    check_ppo(job)
+    check_environment(job.optimizer, job.train.device)
+    check_trackers(job)
+    deepspeed = read_deepspeed_json(job.train)
+    plan = plan_data(job)
+    eval_plan = prepare_eval(job)
+    if job.train.device == "cpu":
+        choose_precision(job.train.precision, "cpu", bf16=computes_bf16("cpu"))
+
+    with collector_off():  # these import torch and transformers
+        _check_model(job, job.train.device)
+        _check_method(job)
+        if job.stage.type == "ppo":
+            from rayloom.train.ppo_check import (  # these load torch
+                check_lengths_and_heads,
+                check_reward_functions,
+                check_reward_models,
+            )
+
+            check_reward_functions(job)
+            check_lengths_and_heads(job)
+            check_reward_models(job)
+        encoder = make_encoder(job)
+    options = with_stores(job, plan, encoder, segment_options(job))
+    return CheckedJob(plan, eval_plan, encoder, options, _first_segment(job, plan, encoder, options), deepspeed)
 
 
 def _check_model(job: JobConfig, device: str) -> None:
