@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,18 @@ def test_a_key_changes_with_a_reward_function(plan: Any, here: Path) -> None:
     assert found[0] == found[2] != found[1]
 
 
+def test_a_copy_of_the_model_is_the_same_model(plan: Any, here: Path, tiny_model: Path) -> None:
+    shutil.copytree(tiny_model, here / "model", copy_function=shutil.copyfile)
+    before = keys(plan(SFT, model={"path": "model"}))
+    shutil.rmtree(here / "model")
+    shutil.copytree(tiny_model, here / "model", copy_function=shutil.copyfile)
+    assert keys(plan(SFT, model={"path": "model"})) == before
+    weights = bytearray((here / "model" / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (here / "model" / "model.safetensors").write_bytes(weights)
+    assert keys(plan(SFT, model={"path": "model"})) != before
+
+
 def test_workers_count_where_they_change_a_step(plan: Any) -> None:
     def of(**train: Any) -> list[str]:
         return keys(plan(SFT, train={"device": "cpu", "batch_size": 2, **train}))
@@ -248,6 +261,10 @@ def test_workers_count_where_they_change_a_step(plan: Any) -> None:
         (
             [{**SFT, "method": {"type": "full"}}, REWARD, PPO],
             r"sources\[0\].from: the adapter of step reward is one of .*, and this step's model is .*/model;",
+        ),
+        (
+            [SFT, {**REWARD, "from": "sft", "method": {"new_adapter": True}}, PPO],
+            r"sources\[0\].from: the adapter of step reward is one of .*/model/base, and this step's model is",
         ),
         ([SFT, {**DPO, "data": {"train": ["none.jsonl"]}}], r"step dpo: .*none.jsonl: no such data file"),
     ],

@@ -83,7 +83,8 @@ def _sets(plan: Plan) -> list[Any]:
 
 
 def _files(job: JobConfig, folder: Path) -> list[str]:
-    """Of the model, adapters and other files that the job names and no step makes."""
+    """Of the model, adapters and other files that the job names and no step makes: what is in them, wherever they are
+    and whenever they were copied there."""
 
     def is_made(path: str) -> bool:
         return Path(path).is_relative_to(folder)
@@ -91,7 +92,7 @@ def _files(job: JobConfig, folder: Path) -> list[str]:
     found = []
     if not is_made(job.model.path):
         check_model_path(job.model)
-        found.append(model_fingerprint(job.model))
+        found.append(model_fingerprint(job.model, times=False))
     folders = list(job.method.adapters) if isinstance(job.method, LoraConfig) else []
     texts = [job.data.converters, job.train.deepspeed_json]
     if job.data.template.endswith(".jinja"):
@@ -100,8 +101,8 @@ def _files(job: JobConfig, folder: Path) -> list[str]:
         if isinstance(source, AdapterReward | ModelReward):
             folders.append(source.path)
         elif isinstance(source, FunctionReward):
-            texts.append(split_path(source.path, f"rewards.sources[{number}].path")[0])
-    found += [folder_fingerprint(Path(path).expanduser()) for path in folders if not is_made(path)]
+            texts.append(str(split_path(source.path, f"rewards.sources[{number}].path")[0]))
+    found += [folder_fingerprint(Path(path).expanduser(), times=False) for path in folders if not is_made(path)]
     return [*found, *(_digest(path) for path in texts if path)]
 
 

@@ -120,9 +120,11 @@ def written_jobs(pipeline: Pipeline) -> list[JobConfig]:
     jobs = []
     for step in pipeline.steps:
         data = {**pipeline.top, **step.document.data}
-        if step.begins is not None and step.begins in models:
-            data["model"] = {**models[step.begins], **(step.own.get("model") or {})}
-        models[step.name] = data.get("model") or {}
+        if step.begins is not None:
+            begun_at, own = models[step.begins], step.own.get("model", {})
+            both = isinstance(begun_at, dict) and isinstance(own, dict)
+            data["model"] = {**begun_at, **own} if both else begun_at
+        models[step.name] = data.get("model")
         if judges := dict(step.judges()):
             sources = [
                 {**source, "path": "/"} if number in judges else source

@@ -126,7 +126,9 @@ def _beginning(step: PlannedStep, job: JobConfig) -> str:
 
 
 def _summary(step: PlannedStep, result: dict[str, Any], *, skipped: bool) -> dict[str, Any]:
-    told = {key: result[key] for key in ("steps", "train_loss", "eval", "seconds", "error") if key in result}
+    told: dict[str, Any] = {
+        key: result[key] for key in ("steps", "train_loss", "eval", "seconds", "error") if key in result
+    }
     return {
         "name": step.name,
         "key": step.key,

@@ -47,6 +47,12 @@ class PlannedStep:
         """The folder of what it trains."""
         return str(self.job.run_dir / "model")
 
+    @property
+    def base(self) -> str:
+        """The model below the adapter that it leaves."""
+        merges = isinstance(self.job.method, LoraConfig) and self.job.method.merged
+        return f"{self.model}/{MERGED_BASE}" if merges else self.job.model.path
+
 
 def wire(step: Step, done: dict[str, PlannedStep]) -> Document:
     """The step's job with the folders of the steps that it refers to.
@@ -99,10 +105,10 @@ def check_base(step: Step, job: JobConfig, done: dict[str, PlannedStep]) -> None
     faults = []
     for number, source in step.judges():
         judge = done[source["from"]]
-        if source.get("type") == "adapter" and judge.job.model.path != job.model.path:
+        if source.get("type") == "adapter" and judge.base != job.model.path:
             faults.append(
                 f"{step.place('rewards', 'sources', number, 'from')}: the adapter of step {judge.name} is one of "
-                f"{judge.job.model.path}, and this step's model is {job.model.path}; let both begin at one model "
+                f"{judge.base}, and this step's model is {job.model.path}; let both begin at one model "
                 f"(from), or say type: model, and method.type: full in step {judge.name}"
             )
     if faults:
@@ -141,7 +147,7 @@ def _begin(step: Step, before: PlannedStep) -> dict[str, Any]:
         )
     model = before.job.model.model_dump(mode="json")
     if method.merged:
-        model = _saved_model(before.job.model, f"{before.model}/{MERGED_BASE}")
+        model = _saved_model(before.job.model, before.base)
     return {"model": {**model, **own["model"]}, "method": _going_on(step, before, method, own["method"])}
 
 
