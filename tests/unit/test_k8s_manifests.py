@@ -11,7 +11,7 @@ import yaml
 
 from rayloom.config.read import read_job
 from rayloom.errors import RequestError
-from rayloom.k8s.attempt import attempt_override
+from rayloom.jobs.attempt import attempt_override
 from rayloom.k8s.check import check, check_documents
 from rayloom.k8s.documents import Document, load_documents
 from rayloom.k8s.overlay import OVERLAYS
