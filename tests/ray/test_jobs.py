@@ -8,17 +8,20 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
 import rayloom
+from rayloom.cli import main
 from rayloom.errors import JobError, RequestError
 from rayloom.jobs import keeper
-from rayloom.jobs.client import JobsClient, connect, follow_logs, job_logs, job_status, list_jobs, stop_job
+from rayloom.jobs.client import JobsClient, connect, follow_logs, job_logs, job_status, list_jobs, speaking_to, stop_job
 from rayloom.jobs.local_head import LocalHead
-from rayloom.jobs.submit import Submission, submit
+from rayloom.jobs.retry import run_to_end
+from rayloom.jobs.submit import Submission, prepared, submit
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -105,6 +108,66 @@ def test_job_that_fails_tells_how(client: JobsClient, stopped: Submission) -> No
     job = job_status(client, again.id)
     assert (job.status, job.exit_code) == ("FAILED", 2)
     assert any(line.startswith("error: output_dir: ") and "is kept as it is" in line for line in lines), lines
+
+
+def test_a_number_is_taken_once(client: JobsClient, stopped: Submission) -> None:
+    """What refuses the second of two who submit a run at the same moment."""
+    with pytest.raises(JobError, match=f"{stopped.id} already exists"), speaking_to(client):
+        client.submit_job(entrypoint="true", submission_id=stopped.id)
+
+
+@pytest.mark.slow
+def test_a_job_whose_driver_is_killed_goes_on_as_another_submission(
+    head: LocalHead, client: JobsClient, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ["name=retried", "train.max_steps=1500", "train.save_steps=20"]
+    run_dir = work / "runs" / "retried"
+    lines: dict[str, list[str]] = {}
+
+    def follow(submission: Submission) -> None:
+        seen = lines.setdefault(submission.id, [])
+        for line in follow_logs(client, submission.id):
+            seen.append(line)
+            is_saved = (run_dir / "checkpoints" / "checkpoint_manager_snapshot.json").exists()
+            if line.startswith("step ") and is_saved and not killed:
+                refused(submission)
+                killed.extend(_kill_driver(head, "name=retried"))
+
+    def refused(submission: Submission) -> None:
+        """A run has one job at a time; the command says so and ends with the status of a wrong request."""
+        for name, value in head.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", ["rayloom", "submit", "job.yaml", *overrides])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        assert f"{submission.id} is RUNNING already, the same job" in capsys.readouterr().err
+
+    killed: list[int] = []
+    said: list[str] = []
+    with prepared("job.yaml", overrides) as job:
+        ended = run_to_end(client, job, retries=2, follow=follow, say=said.append)
+    assert killed
+    assert (ended.id, ended.status, ended.attempt) == ("retried-2", "SUCCEEDED", 2), said
+    assert len(said) == 1
+    assert said[0].startswith("retried-1  FAILED: ")
+    assert "this job has begun before: resume=true" in lines["retried-2"]
+    first_step = next(int(line.split()[1]) for line in lines["retried-2"] if line.startswith("step "))
+    assert first_step > 20
+    assert json.loads((run_dir / "result.json").read_text())["status"] == "finished"
+    assert [row.id for row in list_jobs(client) if row.run_dir == str(run_dir)] == ["retried-1", "retried-2"]
+
+
+def _kill_driver(head: LocalHead, word: str) -> list[int]:
+    """Process ids of the job's driver, which are no more."""
+    assert head._process is not None
+    found = []
+    for process in psutil.Process(head._process.pid).children(recursive=True):
+        with suppress(psutil.Error):
+            if word in process.cmdline() and "rayloom" in process.cmdline():
+                process.kill()
+                found.append(process.pid)
+    return found
 
 
 def test_plain_ray_job_submit(head: LocalHead, client: JobsClient, work: Path, tmp_path: Path) -> None:

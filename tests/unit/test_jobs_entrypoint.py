@@ -50,3 +50,10 @@ def test_says_that_a_stop_would_kill(job_file: str) -> None:
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["missing.yaml"]])
 def test_wrong_arguments_are_left_to_the_command(arguments: list[str]) -> None:
     assert lasting_arguments(arguments, IN_JOB | PATIENT) == (arguments, [])
+
+
+def test_a_pipeline_goes_home_too(tmp_path: Path) -> None:
+    file = tmp_path / "chain.yaml"
+    file.write_text("{name: a, model: {path: b}, steps: [{name: c, data: {train: [d.jsonl]}}]}")
+    arguments, _ = lasting_arguments([str(file), "steps[0].train.epochs=2"], IN_JOB | PATIENT)
+    assert arguments == [str(file), "steps[0].train.epochs=2", "output_dir=~/rayloom/runs"]

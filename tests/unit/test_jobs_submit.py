@@ -10,10 +10,13 @@ from zipfile import ZipFile
 
 import pytest
 import ray._private.runtime_env.packaging as ray_packaging
+from ray.dashboard.modules.job.pydantic_models import JobDetails, JobType
+from ray.job_submission import JobStatus
 
 from rayloom.errors import RequestError
 from rayloom.jobs.package import collect_package
-from rayloom.jobs.submit import submit
+from rayloom.jobs.retry import run_to_end
+from rayloom.jobs.submit import DriverResources, Submission, prepared, submit
 
 JOB = """
 name: first
@@ -23,17 +26,40 @@ data: {train: [data/rows.jsonl]}
 
 
 class _Client:
-    """Keeps what it is given to submit."""
+    """Keeps what it is given to submit, and lists it as a job that runs."""
 
     def __init__(self) -> None:
         self.submitted: dict[str, Any] | None = None
         self.files: list[str] = []
+        self.jobs: list[JobDetails] = []
+        self.outcomes: list[tuple[JobStatus, int | None]] = []
+        """Status and exit status of each submission, the first one first; those that are not told run."""
 
     def get_address(self) -> str:
         return "http://fake:1"
 
+    def list_jobs(self) -> list[JobDetails]:
+        return self.jobs
+
+    def get_job_info(self, job_id: str) -> JobDetails:
+        return next(job for job in self.jobs if job.submission_id == job_id)
+
     def submit_job(self, **job: Any) -> str:
+        if any(other.submission_id == job["submission_id"] for other in self.jobs):
+            raise RuntimeError(f"Request failed: Job with submission_id {job['submission_id']} already exists.")
         self.submitted = job
+        status, exit_code = self.outcomes.pop(0) if self.outcomes else (JobStatus.RUNNING, None)
+        self.jobs.append(
+            JobDetails(
+                type=JobType.SUBMISSION,
+                submission_id=job["submission_id"],
+                entrypoint=job["entrypoint"],
+                metadata=job["metadata"],
+                status=status,
+                driver_exit_code=exit_code,
+                message="the driver was lost" if exit_code is None else "",
+            )
+        )
         self.files = ZipFile(job["runtime_env"]["working_dir"]).namelist()
         return str(job["submission_id"])
 
@@ -71,7 +97,7 @@ def test_runs_rayloom_train_with_the_overrides(client: Any, work: Path) -> None:
     assert submission.run_dir == str(output_dir / "first")
     assert "output_dir" in submission.notes[0]
     assert submission.id == client.submitted["submission_id"]
-    assert submission.id.startswith("first-20")
+    assert submission.id == "first-1"
 
 
 def test_absolute_output_dir_is_left_alone(client: Any, work: Path) -> None:
@@ -117,7 +143,7 @@ def test_metadata_names_the_commit(client: Any, work: Path) -> None:
     submit(client, "jobs/first.yaml")
     assert client.submitted["metadata"]["git_commit"] == head
     (work / "jobs" / "first.yaml").write_text(JOB + "# changed\n")
-    submit(client, "jobs/first.yaml")
+    submit(client, "jobs/first.yaml", ["output_dir=elsewhere"])
     assert client.submitted["metadata"]["git_commit"] == head + "+changes"
 
 
@@ -188,3 +214,110 @@ def test_same_files_make_the_same_archive(work: Path, tmp_path: Path) -> None:
     for name in ("1.zip", "2.zip"):
         collect_package(work).write(tmp_path / name)
     assert (tmp_path / "1.zip").read_bytes() == (tmp_path / "2.zip").read_bytes()
+
+
+# --- one job of a run at a time --------------------------------------------------------------------------------------
+
+
+def test_a_run_has_one_job_at_a_time(client: Any, work: Path) -> None:
+    first = submit(client, "jobs/first.yaml")
+    with pytest.raises(RequestError, match=rf"name: first: {first.id} is RUNNING already, the same job in the run dir"):
+        submit(client, "jobs/first.yaml")
+    with pytest.raises(RequestError, match=r"RUNNING already, another job .*rayloom jobs stop first-1"):
+        submit(client, "jobs/first.yaml", ["train.epochs=7"])
+    assert len(client.jobs) == 1
+    assert submit(client, "jobs/first.yaml", ["output_dir=elsewhere"]).id == "first-2", "another run of that name"
+    client.jobs[0].status = JobStatus.FAILED
+    assert submit(client, "jobs/first.yaml").id == "first-3"
+    assert submit(client, "jobs/first.yaml", ["name=first-3"]).id == "first-3-1", "a name that looks like an id"
+
+
+def test_who_submits_at_the_same_moment_is_refused(client: Any, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have looked before either had submitted: Ray takes the number once."""
+    other = submit(client, "jobs/first.yaml")
+    seen = iter([[], client.jobs])
+    monkeypatch.setattr(client, "list_jobs", lambda: next(seen))
+    with pytest.raises(RequestError, match=f"{other.id} is RUNNING already"):
+        submit(client, "jobs/first.yaml")
+    assert len(client.jobs) == 1
+
+
+def test_what_the_driver_takes(client: Any, work: Path) -> None:
+    submit(client, "jobs/first.yaml", driver=DriverResources(cpus=0.5, memory_gib=2, custom={"driver": 1}))
+    kept = {key: client.submitted[f"entrypoint_{key}"] for key in ("num_cpus", "memory", "resources")}
+    assert kept == {"num_cpus": 0.5, "memory": 2 * 2**30, "resources": {"driver": 1}}
+
+
+# --- retries ---------------------------------------------------------------------------------------------------------
+
+
+def _run_to_end(client: Any, retries: int, overrides: list[str]) -> tuple[list[Submission], list[str], Any]:
+    shown: list[Submission] = []
+    said: list[str] = []
+    with prepared("jobs/first.yaml", overrides) as job:
+        ended = run_to_end(client, job, retries=retries, follow=shown.append, say=said.append)
+    return shown, said, ended
+
+
+def test_a_job_that_fails_is_submitted_again_and_goes_on(client: Any, work: Path) -> None:
+    client.outcomes = [(JobStatus.FAILED, 1), (JobStatus.FAILED, None), (JobStatus.SUCCEEDED, 0)]
+    shown, said, ended = _run_to_end(client, 3, ["overwrite=true", "train.epochs=3"])
+    assert [submission.id for submission in shown] == ["first-1", "first-2", "first-3"]
+    assert (ended.id, ended.status, ended.attempt) == ("first-3", "SUCCEEDED", 3)
+    assert said == [
+        "first-1  FAILED: exit status 1; submitting it again, retry 1 of 3",
+        "first-2  FAILED: the driver was lost; submitting it again, retry 2 of 3",
+    ]
+    first, *again = [job.entrypoint for job in client.jobs]
+    assert first.startswith("python -m rayloom train jobs/first.yaml overwrite=true train.epochs=3 output_dir=")
+    for entrypoint in again:
+        assert entrypoint.startswith("python -m rayloom.jobs.attempt jobs/first.yaml train.epochs=3 output_dir=")
+    assert len({job.metadata["run_dir"] for job in client.jobs}) == 1
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "retries", "submissions"),
+    [
+        ([(JobStatus.FAILED, 1)] * 2, 1, 2),
+        ([(JobStatus.FAILED, 1)], 0, 1),
+        ([(JobStatus.FAILED, 2)], 5, 1),  # the request was wrong
+        ([(JobStatus.STOPPED, 1)], 5, 1),
+        ([(JobStatus.SUCCEEDED, 0)], 5, 1),
+    ],
+)
+def test_how_often_it_is_submitted(client: Any, work: Path, outcomes: Any, retries: int, submissions: int) -> None:
+    client.outcomes = list(outcomes)
+    shown, said, ended = _run_to_end(client, retries, [])
+    assert len(shown) == submissions
+    assert len(said) == submissions - 1
+    assert ended.status == outcomes[-1][0].value
+
+
+# --- pipelines -------------------------------------------------------------------------------------------------------
+
+PIPELINE = """
+name: chain
+model: {path: pypi:some-model}
+steps:
+  - {name: sft, data: {train: [data/rows.jsonl]}}
+  - {name: dpo, from: sft, data: {train: [{path: data/pairs.jsonl, ranking: true}]}, stage: {type: dpo}}
+"""
+
+
+def test_a_pipeline_is_submitted_as_a_whole(client: Any, work: Path) -> None:
+    _write(work, {"jobs/chain.yaml": PIPELINE, "data/pairs.jsonl": "{}\n"})
+    submission = submit(client, "jobs/chain.yaml", ["steps[1].train.epochs=3"])
+    assert _entrypoint(client)[3:] == ["train", "jobs/chain.yaml", "steps[1].train.epochs=3", f"output_dir={work}/runs"]
+    assert submission.run_dir == str(work / "runs" / "chain")
+    metadata = client.submitted["metadata"]
+    assert (metadata["job_name"], metadata["stage"]) == ("chain", "sft, dpo")
+    assert "data/pairs.jsonl" in client.files
+
+
+def test_a_pipeline_with_a_file_that_would_not_reach_the_cluster(client: Any, work: Path) -> None:
+    _write(work, {"jobs/chain.yaml": PIPELINE})
+    with pytest.raises(RequestError, match=r"data.train\[0\].path: data/pairs.jsonl: there is no such file"):
+        submit(client, "jobs/chain.yaml")
+    with pytest.raises(RequestError, match=r"steps\[1\].from: there is no step"):
+        submit(client, "jobs/chain.yaml", ["steps[0].name=other"])
+    assert client.submitted is None

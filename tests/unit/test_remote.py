@@ -22,10 +22,10 @@ from rayloom.config.job import JobConfig
 from rayloom.config.read import dump_job, read_job
 from rayloom.data.plan import Position
 from rayloom.errors import JobError, RequestError
+from rayloom.jobs.attempt import attempt_override
 from rayloom.jobs.entrypoint import lasting_arguments
 from rayloom.jobs.local_head import STOP_WAIT
 from rayloom.jobs.metadata import job_metadata
-from rayloom.k8s.attempt import attempt_override
 from rayloom.k8s.placed_job import place as placed
 from rayloom.remote import Remote
 from rayloom.stages.rules import check_stage

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rayloom.config.read import dump_job, read_job
 from rayloom.data.plan import Position
 from rayloom.errors import RequestError
 from rayloom.train.meter import StreamMeter
-from rayloom.train.run_dir import CHECKPOINTS, RunDir, check_run_dir, open_run_dir
+from rayloom.train.run_dir import CHECKPOINTS, RunDir, check_run_dir, open_run_dir, rest_of
 
 
 def make_job(folder: Path, **fields: Any) -> JobConfig:
@@ -303,6 +304,28 @@ def test_a_run_with_nothing_left_to_do(tmp_path, goal):
     ]
     for more in ({"max_steps": 9}, {"epochs": 3}):
         check_run_dir(make_job(tmp_path, resume=True, train=more))
+
+
+@pytest.mark.parametrize("goal", [{"max_steps": 8}, {"epochs": 2}])
+def test_a_run_that_was_killed_before_its_result(tmp_path, goal):
+    """All steps are made; the model has still to be saved."""
+    an_earlier_run(make_job(tmp_path, train=goal), steps=8, epoch=2)
+    check_run_dir(make_job(tmp_path, resume=True, train=goal))
+    rest = rest_of(make_job(tmp_path, train=goal))
+    assert rest is not None
+    assert (rest.resume, rest.overwrite) == (True, False)
+
+
+def test_the_rest_of_a_job(tmp_path):
+    job = make_job(tmp_path)
+    rest = rest_of(job)
+    assert (rest.resume, rest.overwrite) == (False, False)
+    path = an_earlier_run(job, "stopped", steps=8)
+    assert (rest_of(job).resume, rest_of(job).overwrite) == (True, False)
+    shutil.rmtree(path / "checkpoints")
+    assert (rest_of(job).resume, rest_of(job).overwrite) == (False, True)
+    (path / "result.json").write_text('{"status": "finished"}')
+    assert rest_of(job) is None
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import time
-from typing import Any
 
 import click
 
 from rayloom import __version__
+from rayloom.cli.jobs import jobs, submit
 from rayloom.cli.k8s import k8s
-from rayloom.cli.options import ADDRESS, JOB_FILE, OVERRIDES
+from rayloom.cli.options import JOB_FILE, OVERRIDES
 from rayloom.cli.search import tune
 from rayloom.errors import JobError, RequestError
 
@@ -41,21 +41,25 @@ def cli() -> None:
 def train(job_file: str, overrides: tuple[str, ...], verbose: bool) -> None:
     """Run a job here: on the cluster that RAY_ADDRESS names, else on a private local Ray.
 
-    Ctrl-C or SIGTERM once stops it with a checkpoint; resume=true goes on from there.
+    Ctrl-C or SIGTERM once stops it with a checkpoint; resume=true goes on from there. A file with `steps` is a
+    pipeline: its jobs run one after the other, and those that are finished are not run again.
 
     \b
     rayloom train jobs/demo.yaml train.learning_rate=1e-4 'data.train[0].weight=0.2'
     rayloom train jobs/demo.yaml resume=true
+    rayloom train jobs/pipelines/sft-dpo.yaml 'steps[1].train.learning_rate=1e-5'
     """
     from rayloom.config.read import read_job
+    from rayloom.pipeline.read import is_pipeline, read_pipeline
+    from rayloom.train.any_stage import run_any
     from rayloom.train.ray_session import JOB_CONFIG
 
-    job = read_job(job_file, overrides)
-    if job.stage.type == "spin":
-        from rayloom.train.self_play import run_self_play as run
+    if is_pipeline(job_file):
+        from rayloom.pipeline.run import run_pipeline
+
+        result = run_pipeline(read_pipeline(job_file, overrides), started=STARTED, verbose=verbose)
     else:
-        from rayloom.train.driver import run_job as run
-    result = run(job, started=STARTED, verbose=verbose)
+        result = run_any(read_job(job_file, overrides), started=STARTED, verbose=verbose)
     if result["status"] == "stopped":
         kept = [override for override in overrides if not override.startswith(("overwrite=", "resume="))]
         again = f"to go on: rayloom train {' '.join([job_file, *kept])} resume=true"
@@ -63,34 +67,6 @@ def train(job_file: str, overrides: tuple[str, ...], verbose: bool) -> None:
             again = "submit the job again with resume=true to go on"
         raise JobError(f"stopped after step {result['steps']}, with a checkpoint; {again}")
     click.echo(f"finished: {result['steps']} steps in {result['seconds']:.0f} s; the model is in {result['model_dir']}")
-
-
-@cli.command()
-@JOB_FILE
-@OVERRIDES
-@ADDRESS
-@click.option("--working-dir", metavar="DIR", help="What the job finds as its current directory. Default: this one.")
-@click.option("-f", "--follow", is_flag=True, help="Show the job's log until it ends, and end with its exit status.")
-def submit(
-    job_file: str, overrides: tuple[str, ...], address: str | None, working_dir: str | None, follow: bool
-) -> None:
-    """Run a job on a cluster, as a Ray job: the same as `train`, from a copy of the working directory.
-
-    \b
-    rayloom submit jobs/demo.yaml --address http://HOST:8265 --follow
-    """
-    from rayloom.jobs.client import connect
-    from rayloom.jobs.submit import submit as submit_job
-
-    client = connect(address)
-    submission = submit_job(client, job_file, overrides, working_dir=working_dir)
-    for note in submission.notes:
-        click.echo(f"note: {note}")
-    click.echo(f"submitted {submission.id} ({submission.package_bytes / 2**20:.1f} MiB)")
-    if follow:
-        _follow(client, submission.id)
-    else:
-        click.echo(f"see it with: rayloom jobs logs --follow {submission.id}")
 
 
 @cli.command()
@@ -147,70 +123,6 @@ def predict(
     with ray_session(verbose=verbose):
         rows = write_answers(prediction, click.echo)
     click.echo(f"finished: {rows} rows in {output}")
-
-
-@cli.group()
-def jobs() -> None:
-    """See and stop the jobs of a cluster."""
-
-
-@jobs.command("list")
-@ADDRESS
-def list_(address: str | None) -> None:
-    """List the cluster's jobs, the newest last."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from rayloom.jobs.client import connect, list_jobs
-
-    table = Table("job", "status", "stage", "started", "run directory", box=None, pad_edge=False)
-    for job in list_jobs(connect(address)):
-        started = job.started.strftime("%Y-%m-%d %H:%M:%S") if job.started else "-"
-        table.add_row(job.id, job.status, job.stage or "-", started, job.run_dir or "-")
-    Console().print(table)
-
-
-@jobs.command()
-@click.argument("job_id")
-@ADDRESS
-def status(job_id: str, address: str | None) -> None:
-    """Say how a job is. Ends with status 1 when it failed."""
-    from rayloom.jobs.client import connect, job_status
-
-    job = job_status(connect(address), job_id)
-    click.echo(f"{job.id}  {job.status}")
-    for name, value in (("run directory", job.run_dir), ("command", job.entrypoint), ("message", job.message)):
-        if value:
-            click.echo(f"{name}: {value.strip()}")
-    if job.status == "FAILED":
-        sys.exit(1)
-
-
-@jobs.command()
-@click.argument("job_id")
-@click.option("-f", "--follow", is_flag=True, help="Go on until the job ends, and end with its exit status.")
-@ADDRESS
-def logs(job_id: str, follow: bool, address: str | None) -> None:
-    """Print what a job has written."""
-    from rayloom.jobs.client import connect, job_logs
-
-    client = connect(address)
-    if follow:
-        _follow(client, job_id)
-    else:
-        click.echo(job_logs(client, job_id), nl=False)
-
-
-@jobs.command()
-@click.argument("job_id")
-@click.option("--wait", default=660.0, show_default=True, metavar="SECONDS", help="How long to wait for its end.")
-@ADDRESS
-def stop(job_id: str, wait: float, address: str | None) -> None:
-    """Stop a job. It saves a checkpoint first; submit it again with resume=true to go on."""
-    from rayloom.jobs.client import connect, stop_job
-
-    job = stop_job(connect(address), job_id, wait=wait)
-    click.echo(f"{job.id}  {job.status}")
 
 
 @cli.group()
@@ -281,6 +193,8 @@ def stats(job_file: str, overrides: tuple[str, ...], picture: str | None) -> Non
 
 
 cli.add_command(tune)
+cli.add_command(submit)
+cli.add_command(jobs)
 cli.add_command(k8s)
 
 
@@ -364,20 +278,6 @@ def schema(key: str | None, as_markdown: bool) -> None:
         click.echo(markdown(job_reference()), nl=False)
     else:
         click.echo(json.dumps(job_schema(), indent=2))
-
-
-def _follow(client: Any, job_id: str) -> None:
-    """Show a job's log to its end; a job that did not succeed ends this command with the job's own exit status."""
-    from rayloom.jobs.client import follow_logs, job_status
-    from rayloom.train.report import Reporter
-
-    with Reporter() as reporter:
-        for line in follow_logs(client, job_id):
-            reporter.line(line)
-    job = job_status(client, job_id)
-    if job.status != "SUCCEEDED":
-        click.echo(f"{job.id}  {job.status}", err=True)
-        sys.exit(job.exit_code or 1)
 
 
 def main() -> None:

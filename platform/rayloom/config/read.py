@@ -28,6 +28,11 @@ def read_job(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
 def read_job_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
     """A job file as it was written, with the overrides in it; `validate_job` checks it."""
     document = read_document(Path(path))
+    if "steps" in document.data:
+        raise RequestError(
+            f"{document.place(('steps',))}: steps: this is a pipeline of jobs, which `rayloom train` and "
+            "`rayloom submit` run; name a job's file here"
+        )
     for override in overrides:
         _apply_override(document, override)
     return document
@@ -59,16 +64,25 @@ _STEP = re.compile(r"([^.\[\]]+)|\[([0-9]+)\]")
 
 
 def _apply_override(document: Document, override: str) -> None:
+    key, value = read_override(override)
+    set_key(document, key, value, f"override {override!r}")
+
+
+def read_override(override: str) -> tuple[str, Any]:
+    """The key and the value of `key=value`.
+
+    Raises:
+        RequestError: it has another form, or the value is not YAML.
+    """
     key, equals, text = override.partition("=")
     if not equals or not _KEY.fullmatch(key):
         raise RequestError(
             f"override {override!r}: write it as key=value, for example train.epochs=3 or data.train[0].weight=0.5"
         )
     try:
-        value = parse_value(text)
+        return key, parse_value(text)
     except ValueError:
         raise RequestError(f"override {override!r}: the value {text!r} is not YAML") from None
-    set_key(document, key, value, f"override {override!r}")
 
 
 def set_key(document: Document, key: str, value: Any, place: str) -> None:

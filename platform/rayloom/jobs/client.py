@@ -42,6 +42,12 @@ class Job:
     """The job file's `name`; empty, like `run_dir` and `stage`, where Rayloom did not submit the job."""
     run_dir: str
     stage: str
+    commit: str
+    """Of the working directory's git repository, with `+changes` where files differ from it; else empty."""
+    config_hash: str
+    """Changes when a key of the resolved job does; else empty."""
+    attempt: int
+    """1, and one more for each time that `rayloom submit --retries` has submitted the job again."""
     entrypoint: str
     """The shell command that the job runs."""
     message: str
@@ -266,6 +272,9 @@ def _job(details: Any) -> Job:
         name=metadata.get("job_name", "") if "run_dir" in metadata else "",
         run_dir=metadata.get("run_dir", ""),
         stage=metadata.get("stage", ""),
+        commit=metadata.get("git_commit", ""),
+        config_hash=metadata.get("config_hash", ""),
+        attempt=int(metadata["attempt"]) if metadata.get("attempt", "").isdecimal() else 1,
         entrypoint=details.entrypoint,
         message=details.message or "",
         started=_time(details.start_time),

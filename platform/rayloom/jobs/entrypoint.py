@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rayloom.config.job import JobConfig
 from rayloom.config.read import read_job
 from rayloom.errors import RequestError
 from rayloom.jobs.local_head import STOP_WAIT
+from rayloom.pipeline.read import is_pipeline, read_pipeline, written_jobs
 from rayloom.train.ray_session import JOB_CONFIG
 
 
@@ -33,7 +35,7 @@ def lasting_arguments(arguments: Sequence[str], environment: Mapping[str, str]) 
     runtime_env: dict[str, Any] = json.loads(environment[JOB_CONFIG]).get("runtime_env") or {}
     if runtime_env.get("working_dir"):
         try:
-            job = read_job(words[0], words[1:])
+            job = _job_of(words[0], words[1:])
         except RequestError:
             return list(arguments), []  # `rayloom train` says it
         output_dir = Path(job.output_dir)
@@ -51,3 +53,10 @@ def lasting_arguments(arguments: Sequence[str], environment: Mapping[str, str]) 
             f"or with {name}={seconds} among the env_vars of its runtime environment"
         )
     return list(arguments), notes
+
+
+def _job_of(job_file: str, overrides: Sequence[str]) -> JobConfig:
+    """The job, or one that stands for a pipeline's."""
+    return (
+        written_jobs(read_pipeline(job_file, overrides))[0] if is_pipeline(job_file) else read_job(job_file, overrides)
+    )

@@ -71,7 +71,7 @@ def render(
         "kind": "RayJob",
         "metadata": {"name": name, "labels": labels | queue},
         "spec": {
-            "entrypoint": f"python -m rayloom.k8s.attempt {places.job}/job.yaml",
+            "entrypoint": f"python -m rayloom.jobs.attempt {places.job}/job.yaml",
             "submissionMode": "K8sJobMode",
             "runtimeEnvYAML": yaml.safe_dump({"env_vars": {"PYTHONUNBUFFERED": "1", **STOP_WAIT}}),
             "metadata": job_metadata(placed),

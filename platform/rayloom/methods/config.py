@@ -10,6 +10,8 @@ from pydantic import Field, field_validator, model_validator
 from rayloom.config.part import ConfigPart, Number, Whole
 
 Names = list[Annotated[str, Field(min_length=1)]]
+MERGED_BASE = "base"
+"""Folder inside a saved model with the weights that merged adapters have become part of."""
 
 
 class LoraConfig(ConfigPart):

@@ -15,10 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rayloom.methods.adapter_folder import CONFIG
-from rayloom.methods.config import LoraConfig, MethodConfig
+from rayloom.methods.config import MERGED_BASE, LoraConfig, MethodConfig
 
-MERGED_BASE = "base"
-"""Folder inside the saved model with the weights that merged adapters have become part of."""
 _TRAINED = "trained.safetensors"
 
 
@@ -28,12 +26,15 @@ def keep_start(model: Any, method: MethodConfig, folder: Path) -> None:
         model.save_pretrained(folder)
 
 
-def finish_saved(model: Any, method: MethodConfig, saved: Path, start: Path, *, place: str | None = None) -> None:
+def finish_saved(
+    model: Any, method: MethodConfig, saved: Path, start: Path, *, tokenizer: Any = None, place: str | None = None
+) -> None:
     """Make what the trainer saved whole. On rank 0, after training; the model is of no use afterwards.
 
     Args:
         saved: the folder that the trainer has saved the model to.
         start: where `keep_start` wrote.
+        tokenizer: goes with the weights that merged adapters have become part of, so that a job can begin at them.
         place: the address that the folder will be copied to, if it will.
     """
     if not isinstance(method, LoraConfig):
@@ -43,6 +44,8 @@ def finish_saved(model: Any, method: MethodConfig, saved: Path, start: Path, *, 
     if method.merged:
         base = saved / MERGED_BASE
         model.unload().save_pretrained(base)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(base)
         config = json.loads((saved / CONFIG).read_text(encoding="utf-8"))
         config["base_model_name_or_path"] = f"{place or saved.absolute()}/{MERGED_BASE}"
         (saved / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -13,7 +13,7 @@ import time
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -59,21 +59,10 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False, host: Host
     if host is None:
         prepare_environment()
     with own_ray() if host is None else nullcontext() as own:  # it starts while the job is checked
-        for library in _TALKATIVE:
-            logging.getLogger(library).setLevel(logging.ERROR)
         run = check_run_dir(job)
-        check_parts(job)
-        deepspeed = read_deepspeed_json(job.train)
-        plan = plan_data(job)
-        eval_plan = prepare_eval(job)
+        plan, eval_plan, encoder, options, first, deepspeed = check_job(job)
         if job.resume:
             check_data(run, plan.fingerprints)
-        if job.train.device == "cpu":
-            choose_precision(job.train.precision, "cpu", bf16=computes_bf16("cpu"))
-
-        encoder = _checked_encoder(job)
-        options = with_stores(job, plan, encoder, segment_options(job))
-        first = _first_segment(job, plan, encoder, options)
         phases["checks"] = time.time()
 
         session = ray_session(verbose=verbose, own=own) if host is None else nullcontext(False)
@@ -132,6 +121,51 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False, host: Host
                 return Execution(replace(work, fleet=fleet), reporter, phases, host).run()
 
 
+class CheckedJob(NamedTuple):
+    """A job that nothing speaks against before there is a cluster, and what was read of it on the way."""
+
+    plan: Plan
+    eval_plan: Plan | None
+    encoder: Encoder
+    options: SegmentOptions
+    first: pa.Table
+    """The rows of the stream's first segment."""
+    deepspeed: dict[str, Any]
+    """What `train.deepspeed_json` says."""
+
+
+def check_job(job: JobConfig) -> CheckedJob:
+    """Refuse all that can be refused without a cluster. Loads no weights, and looks at no run directory.
+
+    Raises:
+        RequestError: naming the key and what would be right.
+    """
+    for library in _TALKATIVE:
+        logging.getLogger(library).setLevel(logging.ERROR)
+    check_parts(job)
+    deepspeed = read_deepspeed_json(job.train)
+    plan = plan_data(job)
+    eval_plan = prepare_eval(job)
+    if job.train.device == "cpu":
+        choose_precision(job.train.precision, "cpu", bf16=computes_bf16("cpu"))
+
+    with collector_off():  # these import torch and transformers
+        check_model_and_method(job, job.train.device)
+        if job.stage.type == "ppo":
+            from rayloom.train.ppo_check import (  # these load torch
+                check_lengths_and_heads,
+                check_reward_functions,
+                check_reward_models,
+            )
+
+            check_reward_functions(job)
+            check_lengths_and_heads(job)
+            check_reward_models(job)
+        encoder = make_encoder(job)
+    options = with_stores(job, plan, encoder, segment_options(job))
+    return CheckedJob(plan, eval_plan, encoder, options, _first_segment(job, plan, encoder, options), deepspeed)
+
+
 def check_parts(job: JobConfig) -> None:
     """Refuse what the job's parts say against each other; reads no data and no model.
 
@@ -153,27 +187,6 @@ def check_model_and_method(job: JobConfig, device: str) -> None:
     """
     _check_model(job, device)
     _check_method(job)
-
-
-def _checked_encoder(job: JobConfig) -> Encoder:
-    """Check the model and the method; the encoder of the job's rows.
-
-    Raises:
-        RequestError: naming the key and what would be right.
-    """
-    with collector_off():  # these import torch and transformers
-        check_model_and_method(job, job.train.device)
-        if job.stage.type == "ppo":
-            from rayloom.train.ppo_check import (  # these load torch
-                check_lengths_and_heads,
-                check_reward_functions,
-                check_reward_models,
-            )
-
-            check_reward_functions(job)
-            check_lengths_and_heads(job)
-            check_reward_models(job)
-        return make_encoder(job)
 
 
 def _check_model(job: JobConfig, device: str) -> None:

@@ -99,7 +99,7 @@ class PpoTrainer(HeadTrainer):
     ) -> tuple[list[Batch], torch.Tensor | None]:
         """The batches of one optimizer step; before the first of a round, the round."""
         before = self._progress()
-        if not self._steps and not self._begin_round(epoch_iterator):
+        if self._is_over or (not self._steps and not self._begin_round(epoch_iterator)):
             self._end()
             return [], None
         assert self._schedule is not None  # made before the first step

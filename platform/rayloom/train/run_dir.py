@@ -203,6 +203,20 @@ def find_run(job: JobConfig) -> RunDir:
         raise RequestError(f"output_dir: {error}") from None
 
 
+def rest_of(job: JobConfig) -> JobConfig | None:
+    """What is left to do of a job whose run directory holds this very job, if anything: all of it, or what comes after
+    the last checkpoint. None: it is finished.
+
+    Raises:
+        RequestError: the run directory cannot be read.
+    """
+    run = find_run(job)
+    if run.result().get("status") == "finished":
+        return None
+    goes_on = run.existed and run.latest_checkpoint() is not None
+    return job.model_copy(update={"resume": goes_on, "overwrite": run.existed and not goes_on})
+
+
 def check_run_dir(job: JobConfig) -> RunDir:
     """Refuse what would overwrite a run or resume nothing. Writes nothing that stays.
 
@@ -341,9 +355,10 @@ def _check_resume(job: JobConfig, run: RunDir) -> None:
     if faults:
         raise RequestError(*faults)
     meter, step = StreamMeter.load(checkpoint)
-    over_by_steps = job.train.max_steps is not None and step >= job.train.max_steps
-    over_by_epochs = job.train.max_steps is None and meter.epochs_done >= job.train.epochs
-    if over_by_steps or over_by_epochs:
+    goal = job.train.max_steps
+    is_over = meter.epochs_done >= job.train.epochs if goal is None else step >= goal
+    # One that was killed between its last checkpoint and its result has its model still to save.
+    if is_over and (run.result().get("status") == "finished" or (goal is not None and step > goal)):
         raise RequestError(
             f"resume: the run in {run.place} is finished (step {step}), nothing is left to do; "
             "raise train.epochs or train.max_steps to go on"

@@ -36,7 +36,7 @@ from rayloom.rollout.request import Prompt, Sampling, probe_prompt
 from rayloom.stages.config import DpoConfig, SpinConfig
 from rayloom.train.driver import run_job
 from rayloom.train.ray_session import prepare_environment, ray_session
-from rayloom.train.run_dir import check_run_dir
+from rayloom.train.run_dir import check_run_dir, find_run, rest_of
 
 _COLUMNS = {"messages": "messages", "chosen": "chosen", "rejected": "rejected"}
 
@@ -50,7 +50,11 @@ def run_self_play(job: JobConfig, *, started: float, verbose: bool = False) -> d
     """
     stage = job.stage
     assert isinstance(stage, SpinConfig)
-    _check(job)
+    check_self_play(job)
+    if not job.resume:
+        check_run_dir(job)
+    elif not (job.run_dir / "job.yaml").exists():
+        raise RequestError(f"resume: there is no run in {job.run_dir}; start without resume=true")
     folder = job.run_dir / "rounds"
     if job.overwrite and job.run_dir.exists():
         shutil.rmtree(job.run_dir)
@@ -86,7 +90,7 @@ def run_self_play(job: JobConfig, *, started: float, verbose: bool = False) -> d
     return whole
 
 
-def _check(job: JobConfig) -> None:
+def check_self_play(job: JobConfig) -> None:
     """Refuse what the rounds could not do.
 
     Raises:
@@ -108,25 +112,13 @@ def _check(job: JobConfig) -> None:
         faults.append("data.eval: stage spin makes its own pairs; say data.held_out")
     if faults:
         raise RequestError(*faults)
-    if not job.resume:
-        check_run_dir(job)
-    elif not (job.run_dir / "job.yaml").exists():
-        raise RequestError(f"resume: there is no run in {job.run_dir}; start without resume=true")
 
 
 def _learn(job: JobConfig, started: float, verbose: bool) -> dict[str, Any]:
     """One round's training: what is left of it."""
-    done: dict[str, Any] = {}
-    if (job.run_dir / "result.json").exists():
-        done = json.loads((job.run_dir / "result.json").read_text(encoding="utf-8"))
-    if done.get("status") == "finished":
-        return done
-    is_begun = (job.run_dir / "checkpoints").exists()
-    return run_job(
-        job.model_copy(update={"resume": is_begun, "overwrite": job.run_dir.exists() and not is_begun}),
-        started=started,
-        verbose=verbose,
-    )
+    prepare_environment()
+    rest = rest_of(job)
+    return find_run(job).result() if rest is None else run_job(rest, started=started, verbose=verbose)
 
 
 def _round_job(job: JobConfig, folder: Path, number: int, pairs: Path, adapter: str | None) -> JobConfig:

@@ -123,7 +123,7 @@ class StreamTrainer(transformers.Trainer):
         while True:
             count = BatchCount(len(self.meter.examples))
             with self._clock.part("data"):
-                tables = list(itertools.islice(epoch_iterator, 0 if stop else num_batches))
+                tables = list(itertools.islice(epoch_iterator, 0 if stop or self._is_over else num_batches))
             for table in tables:
                 count.add(table)
             step = count.share(device, stop)
@@ -173,6 +173,11 @@ class StreamTrainer(transformers.Trainer):
         if self._settings.max_steps:
             return (self.state.global_step + ahead) / self._settings.max_steps
         return self.meter.epochs_done / self._settings.epochs
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether the last checkpoint was that of the last step: then no step is left, only the model to save."""
+        return self._settings.max_steps is not None and self.state.global_step >= self._settings.max_steps
 
     def _end(self) -> None:
         """Leave the loop; what was not logged or saved yet is, on the way out."""

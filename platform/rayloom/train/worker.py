@@ -234,7 +234,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
             saved = model_dir if isinstance(model_dir, Path) else scratch / "model"
             trainer.save_model(str(saved))
             if rank == 0:
-                finish_saved(model, job.method, saved, start, place=str(model_dir))
+                finish_saved(model, job.method, saved, start, tokenizer=tokenizer, place=str(model_dir))
                 _upload(saved, model_dir)
         trainer.finish_saving()
     if rank != 0:

@@ -1,0 +1,63 @@
+"""Entry point of a job that is started again after a failure: `python -m rayloom.jobs.attempt JOB.yaml [KEY=VALUE]...`.
+
+KubeRay's operator starts the same command again after a failure, and after Kueue has suspended and resumed the job,
+each time in a new cluster; `rayloom submit --retries` submits it again. So it asks the run directory: what this very
+job began, it goes on with; a run that is finished, or another job's, is left as it is, and `rayloom train` refuses.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from rayloom.config.job import JobConfig
+from rayloom.config.read import dump_job, read_job
+from rayloom.errors import RequestError
+from rayloom.pipeline.read import Pipeline, is_pipeline, read_pipeline
+from rayloom.train.run_dir import find_run
+
+
+def attempt_override(job: JobConfig) -> str | None:
+    """`resume=true` where this job left a checkpoint, `overwrite=true` where it left none; else None.
+
+    Raises:
+        RequestError: the checkpoints in the run directory cannot be read.
+    """
+    run = find_run(job)
+    try:
+        is_own = (run.path / "job.yaml").read_text(encoding="utf-8") == dump_job(job)
+    except OSError:
+        is_own = False
+    if not is_own or run.result().get("status") == "finished":
+        return None
+    return "resume=true" if run.latest_checkpoint() else "overwrite=true"
+
+
+def pipeline_override(pipeline: Pipeline) -> str | None:
+    """`resume=true` where a step of this pipeline has begun; else None. Which step it is, is in its directory's name.
+
+    Raises:
+        RequestError: a step's job is wrong.
+    """
+    from rayloom.pipeline.plan import plan_pipeline
+
+    has_begun = any(step.job.run_dir.exists() for step in plan_pipeline(pipeline).steps)
+    return "resume=true" if has_begun else None
+
+
+def _override(job_file: str, overrides: list[str]) -> str | None:
+    try:
+        if is_pipeline(job_file):
+            return pipeline_override(read_pipeline(job_file, overrides))
+        return attempt_override(read_job(job_file, overrides))
+    except RequestError:
+        return None  # `rayloom train` says it
+
+
+if __name__ == "__main__":
+    job_file, *overrides = sys.argv[1:]
+    if override := _override(job_file, overrides):
+        print(f"this job has begun before: {override}", flush=True)
+        overrides.append(override)
+    # In this process's place, so that signals reach it.
+    os.execv(sys.executable, [sys.executable, "-m", "rayloom", "train", job_file, *overrides])
