@@ -93,6 +93,7 @@ def ray_trainer(work: Work, monitor: Any) -> Any:
     from rayloom.train.data_parallel import ProcessGroupConfig, StreamDataParallelTrainer
 
     worker: Any = _train_worker
+    news: Any = CheckpointNews(monitor)  # of a kind that Ray's annotation leaves out
     return StreamDataParallelTrainer(
         worker,
         monitor=monitor,
@@ -123,7 +124,7 @@ def ray_trainer(work: Work, monitor: Any) -> Any:
         run_config=ray.train.RunConfig(
             name=CHECKPOINTS,
             **_storage(run.place),
-            callbacks=[CheckpointNews(monitor)],
+            callbacks=[news],
             failure_config=ray.train.FailureConfig(max_failures=0, **_NO_ENDLESS_RETRY),
             **_worker_environment(resources),
             checkpoint_config=ray.train.CheckpointConfig(
