@@ -75,7 +75,7 @@ def panels(dashboard: str) -> dict[str, str]:
 def end(process: subprocess.Popen[str]) -> int:
     process.send_signal(signal.SIGTERM)
     try:
-        return process.wait(120)
+        return process.wait(240)
     finally:
         process.kill()
 
@@ -127,7 +127,7 @@ def rows_of(config: JobConfig) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_job_that_trains(prometheus: Prometheus, tiny_model: Path, tmp_path: Path) -> None:
+def test_the_rows_of_a_job_are_seen(prometheus: Prometheus, tiny_model: Path, tmp_path: Path) -> None:
     sets = [{"path": str(write_rows(tmp_path / "rows.jsonl", 200)), "name": "rows"}]
     train = {"max_steps": ENDLESS, "eval_steps": 20, "save_steps": 20}
     config = job(tiny_model, tmp_path, sets, "watched", data={"held_out": 0.1}, train=train)
