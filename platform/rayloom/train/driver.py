@@ -55,8 +55,6 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False) -> dict[st
     """
     phases = {"start": started}
     prepare_environment()
-    for library in _TALKATIVE:
-        logging.getLogger(library).setLevel(logging.ERROR)
     run = check_run_dir(job)
     plan, eval_plan, encoder, options, first, deepspeed = check_job(job)
     if job.resume:
@@ -133,6 +131,8 @@ def check_job(job: JobConfig) -> CheckedJob:
     Raises:
         RequestError: naming the key and what would be right.
     """
+    for library in _TALKATIVE:
+        logging.getLogger(library).setLevel(logging.ERROR)
     check_combination(job)
     check_stage(job)
     check_ppo(job)
