@@ -13,6 +13,7 @@ import ray._private.runtime_env.packaging as ray_packaging
 from ray.dashboard.modules.job.pydantic_models import JobDetails, JobType
 from ray.job_submission import JobStatus
 
+from rayloom.cli import cli
 from rayloom.errors import RequestError
 from rayloom.jobs.package import collect_package
 from rayloom.jobs.retry import run_to_end
@@ -271,7 +272,7 @@ def test_a_job_that_fails_is_submitted_again_and_goes_on(client: Any, work: Path
     first, *again = [job.entrypoint for job in client.jobs]
     assert first.startswith("python -m rayloom train jobs/first.yaml overwrite=true train.epochs=3 output_dir=")
     for entrypoint in again:
-        assert entrypoint.startswith("python -m rayloom.jobs.attempt jobs/first.yaml train.epochs=3 output_dir=")
+        assert entrypoint.startswith("python -m rayloom.jobs.attempt jobs/first.yaml overwrite=true train.epochs=3")
     assert len({job.metadata["run_dir"] for job in client.jobs}) == 1
 
 
@@ -291,6 +292,19 @@ def test_how_often_it_is_submitted(client: Any, work: Path, outcomes: Any, retri
     assert len(shown) == submissions
     assert len(said) == submissions - 1
     assert ended.status == outcomes[-1][0].value
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--retries", "2", "--no-wait"], "--retries needs somebody who waits"),
+        (["--driver-resource", "driver"], "--driver-resource driver: write it as NAME=N"),
+        (["--driver-resource", "driver=0"], "--driver-resource driver=0: write it as NAME=N"),
+    ],
+)
+def test_refused_options(options: list[str], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        cli(["submit", "jobs/first.yaml", *options], standalone_mode=False)
 
 
 # --- pipelines -------------------------------------------------------------------------------------------------------

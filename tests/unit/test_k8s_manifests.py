@@ -12,13 +12,11 @@ import yaml
 
 from rayloom.config.read import read_job
 from rayloom.errors import RequestError
-from rayloom.jobs.attempt import attempt_override
 from rayloom.k8s.check import check, check_documents
 from rayloom.k8s.documents import Document, load_documents
 from rayloom.k8s.overlay import OVERLAYS
 from rayloom.k8s.render import Places, dump, render
 from rayloom.stages.ppo_config import PpoConfig
-from rayloom.train.run_dir import check_run_dir, open_run_dir
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = [path for path in sorted((ROOT / "jobs").rglob("*.yaml")) if path.parent.name != "pipelines"]
@@ -162,17 +160,6 @@ def test_what_a_pod_cannot_run_is_refused(overlay, overrides, message):
 
 def test_a_name_in_kubernetes_letters():
     assert job_of(demo("cpu", "name=7B_SFT.v2"))["metadata"]["name"] == "job-7b-sft-v2"
-
-
-def test_an_attempt_goes_on_with_its_own_run_only(job_file, tmp_path):
-    job = read_job(job_file, [f"output_dir={tmp_path / 'runs'}"])
-    assert attempt_override(job) is None, "nothing is there"
-    run = open_run_dir(job, check_run_dir(job))
-    assert attempt_override(job) == "overwrite=true", "it died before its first checkpoint"
-    other = job.model_copy(update={"train": job.train.model_copy(update={"seed": 7})})
-    assert attempt_override(other) is None, "another job of that name is refused by `rayloom train`"
-    run.write_result({"status": "finished"})
-    assert attempt_override(job) is None
 
 
 def test_places_are_in_every_pod():

@@ -13,8 +13,9 @@ from tests.ray.small_jobs import write_rows
 from rayloom.config.document import dump_document
 from rayloom.config.read import dump_job, read_job
 from rayloom.errors import RequestError
+from rayloom.jobs.attempt import pipeline_override
 from rayloom.pipeline.plan import PipelinePlan, plan_pipeline
-from rayloom.pipeline.read import is_pipeline, read_pipeline
+from rayloom.pipeline.read import is_pipeline, read_pipeline, written_jobs
 from rayloom.pipeline.run import run_pipeline
 from rayloom.pipeline.wire import PlannedStep
 
@@ -332,3 +333,20 @@ def test_commands_of_one_job_refuse_a_pipeline(write: Any, job_file: Path) -> No
     assert not is_pipeline("none.yaml")
     with pytest.raises(RequestError, match=r"chain.yaml:\d+: steps: this is a pipeline of jobs, which `rayloom train`"):
         read_job(file)
+
+
+def test_another_attempt_goes_on_with_what_has_begun(plan: Any, write: Any, here: Path) -> None:
+    assert pipeline_override(read_pipeline(write(SFT, DPO))) is None
+    plan(SFT, DPO).steps[0].job.run_dir.mkdir(parents=True)
+    assert pipeline_override(read_pipeline(write(SFT, DPO))) == "resume=true"
+    assert pipeline_override(read_pipeline(write(SFT, DPO), ["train.seed=7"])) is None, "other steps than these"
+
+
+def test_the_jobs_as_they_are_written(write: Any, tiny_model: Path) -> None:
+    """What a submission checks: it may not have the files."""
+    gone = {"train": ["/on/the/cluster.jsonl"]}
+    sft, reward, ppo = written_jobs(read_pipeline(write({**SFT, "data": gone}, REWARD, {**PPO, "data": gone})))
+    assert {job.name for job in (sft, reward, ppo)} == {"chain"}
+    assert ppo.model.path == str(tiny_model)
+    with pytest.raises(RequestError, match=r"stage.type: unknown 'rewrad'; did you mean 'reward'"):
+        written_jobs(read_pipeline(write(SFT, {**REWARD, "stage": {"type": "rewrad"}})))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 
 from rayloom.config.job import JobConfig
 from rayloom.config.read import dump_job, read_job
@@ -45,19 +46,24 @@ def pipeline_override(pipeline: Pipeline) -> str | None:
     return "resume=true" if has_begun else None
 
 
-def _override(job_file: str, overrides: list[str]) -> str | None:
+def attempt_overrides(job_file: str, overrides: Sequence[str]) -> tuple[list[str], str | None]:
+    """The overrides of this attempt, and what it has found of those before. Where there is nothing of theirs, it is the
+    first one's wish whether something older goes on or is overwritten."""
+    lasting = [override for override in overrides if not override.startswith(("resume=", "overwrite="))]
     try:
         if is_pipeline(job_file):
-            return pipeline_override(read_pipeline(job_file, overrides))
-        return attempt_override(read_job(job_file, overrides))
+            found = pipeline_override(read_pipeline(job_file, lasting))
+        else:
+            found = attempt_override(read_job(job_file, lasting))
     except RequestError:
-        return None  # `rayloom train` says it
+        found = None  # `rayloom train` says it
+    return ([*lasting, found] if found else list(overrides)), found
 
 
 if __name__ == "__main__":
-    job_file, *overrides = sys.argv[1:]
-    if override := _override(job_file, overrides):
-        print(f"this job has begun before: {override}", flush=True)
-        overrides.append(override)
+    job_file, *given = sys.argv[1:]
+    overrides, found = attempt_overrides(job_file, given)
+    if found:
+        print(f"this job has begun before: {found}", flush=True)
     # In this process's place, so that signals reach it.
     os.execv(sys.executable, [sys.executable, "-m", "rayloom", "train", job_file, *overrides])

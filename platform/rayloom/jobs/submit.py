@@ -170,10 +170,8 @@ def send(client: JobsClient, job: PreparedJob, *, attempt: int = 1) -> Submissio
         RequestError: a job of this run is at work already; nothing was submitted.
         JobError: the cluster did not take the job.
     """
-    words = ["python", "-m", "rayloom", "train", job.file, *job.overrides]
-    if attempt > 1:
-        kept = [override for override in job.overrides if not override.startswith(("resume=", "overwrite="))]
-        words = ["python", "-m", "rayloom.jobs.attempt", job.file, *kept]
+    command = ["rayloom", "train"] if attempt == 1 else ["rayloom.jobs.attempt"]
+    words = ["python", "-m", *command, job.file, *job.overrides]
     for left in reversed(range(_TRIES)):
         known = list_jobs(client)
         _check_free(job, known)
