@@ -19,7 +19,7 @@ from rayloom.config.read import read_job
 from rayloom.errors import JobError, RequestError
 from rayloom.search.run import run_search
 
-pytestmark = [pytest.mark.usefixtures("connected"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.usefixtures("connected"), pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
