@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import get_args
 
 import pytest
 
+from rayloom.config.read import read_job
 from rayloom.rollout.config import RolloutConfig
 from rayloom.rollout.members import Members
 from rayloom.rollout.request import EngineOptions
 from rayloom.stages.config import StageConfig
 from rayloom.train.gauges import HELP, STATES, JobGauges, engine_measure, help_text
+from rayloom.train.track import RayMetrics
 
 
 def test_every_measure_of_a_stage_has_a_text():
@@ -24,6 +27,17 @@ def test_every_measure_of_a_stage_has_a_text():
 def test_names_are_prometheus_names():
     assert all(re.fullmatch(r"[a-z][a-z_]*", name) for name in HELP)
     assert all(text[0].isupper() or text[0].isdigit() for text in HELP.values())
+
+
+@pytest.mark.parametrize(("loss", "said"), [(0.5, 0), (math.nan, 1), (math.inf, 1)])
+def test_a_loss_that_is_no_number_is_told(tmp_path, job_file, loss, said):
+    metrics, book = RayMetrics(read_job(job_file), tmp_path), Book()
+    metrics._gauges = book  # type: ignore[assignment]
+    metrics.log(3, {"loss": loss, "examples/a": 4.0})
+    assert book.entries["loss_is_no_number", ""] == said
+    assert book.entries["examples", "a"] == 4
+    metrics.log(3, {"eval_loss": 1.0})  # an evaluation says nothing of it
+    assert book.entries["loss_is_no_number", ""] == said
 
 
 def test_texts():

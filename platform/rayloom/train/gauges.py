@@ -18,6 +18,7 @@ HELP = {
     "epoch": "Epochs of the stream that are done",
     "progress": "Share of the training that is done, 0 to 1",
     "loss": "Mean loss since the row before",
+    "loss_is_no_number": "1 where the loss of the last row is NaN or infinite, which Ray does not export; else 0",
     "learning_rate": "Learning rate of the last step",
     "grad_norm": "Norm of the gradient before it is clipped",
     "tokens_per_second": "Tokens trained on in a second, of all workers, since the row before",

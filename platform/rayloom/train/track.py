@@ -7,6 +7,7 @@ is dropped with a word, and the job goes on.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
@@ -105,6 +106,8 @@ class RayMetrics:
         for name, value in {"step": float(step), **numbers}.items():
             measure, _, part = name.partition("/")
             self._gauges.set(measure, value, part)
+        if "loss" in numbers:
+            self._gauges.set("loss_is_no_number", not math.isfinite(numbers["loss"]))
 
     def close(self) -> None:
         """Ray ends them with the driver."""
