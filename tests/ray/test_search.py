@@ -72,11 +72,10 @@ def test_a_bad_trial_is_stopped_early(tiny_model: Path, sets: list[dict[str, Any
 
 
 def test_a_metric_that_never_comes(tiny_model: Path, sets: list[dict[str, Any]], tmp_path: Path) -> None:
+    """Told at the first report: so many steps would take longer than the test may."""
     search = {"metric": "lss", "samples": 2, "concurrent": 1, "space": {"train.learning_rate": "uniform(1e-4, 1e-3)"}}
-    started = time.monotonic()
     with pytest.raises(RequestError, match=r"the job never reports lss; it reports step, epoch, progress, loss"):
-        run_search(document(tiny_model, tmp_path, sets, search, train={"max_steps": 5000}))
-    assert time.monotonic() - started < 200, "not at the end"
+        run_search(document(tiny_model, tmp_path, sets, search, train={"max_steps": 50_000}))
     assert not (tmp_path / "search").exists()
 
 
@@ -139,6 +138,7 @@ def test_a_searcher(searcher: str, tiny_model: Path, sets: list[dict[str, Any]],
         assert of_trial.method.type == trial["values"]["method"]["type"]
 
 
+@pytest.mark.slow
 def test_every_trial_fails(tiny_model: Path, sets: list[dict[str, Any]], tmp_path: Path) -> None:
     bad = {"samples": 1, "space": {"train.learning_rate": "uniform(1e30, 1e31)"}}
     with pytest.raises(JobError, match="every trial failed"):
