@@ -47,7 +47,8 @@ class _Client:
 
     def submit_job(self, **job: Any) -> str:
         if any(other.submission_id == job["submission_id"] for other in self.jobs):
-            raise RuntimeError(f"Request failed: Job with submission_id {job['submission_id']} already exists.")
+            told = f"Traceback (most recent call last):\nValueError: Job with submission_id {job['submission_id']}"
+            raise RuntimeError(f"Request failed with status code 400: {told} already exists. Please use another.\n.")
         self.submitted = job
         status, exit_code = self.outcomes.pop(0) if self.outcomes else (JobStatus.RUNNING, None)
         self.jobs.append(

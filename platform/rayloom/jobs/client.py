@@ -255,7 +255,8 @@ def _translated(address: str) -> Iterator[None]:
         detail = "" if isinstance(error, ConnectionError) else f" ({error})"
         raise RequestError(f"cannot reach a Ray dashboard at {address}{detail}") from None
     except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # Ray's client puts a full stop behind a traceback, on a line of its own.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip(" .")]
         raise JobError(f"{address}: {lines[-1] if lines else error}") from None
 
 
