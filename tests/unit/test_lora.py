@@ -49,7 +49,8 @@ def test_a_new_adapter_is_pefts_own(tiny_model):
     for model in (ours, theirs):
         torch.manual_seed(1)  # of the dropout
         losses.append(train(model))
-    assert losses[0] == losses[1]
+    # Not to the bit: on some processors a product depends on where its matrices lie.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert ours.peft_config["default"] == theirs.peft_config["default"]
 
 

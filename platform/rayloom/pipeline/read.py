@@ -5,6 +5,8 @@ model: {path: MODEL}
 steps:
   - {name: sft, data: {train: [chats.jsonl]}}
   - {name: dpo, from: sft, data: {train: [pairs.jsonl]}, stage: {type: dpo, reference: cached}}
+
+It is read as it was written, and wired later (`rayloom.pipeline.wire`).
 """
 
 from __future__ import annotations

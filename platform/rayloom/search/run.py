@@ -6,6 +6,8 @@
                 trials/         a run directory for each
                 tune/           Ray Tune's own state, from which a search that was ended goes on
                 tune.log        what Ray Tune has to say, if anything
+
+Ray Tune proposes, starts and stops; what it tells of the trials is written down by `rayloom.search.ledger`.
 """
 
 from __future__ import annotations
