@@ -14,8 +14,12 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
 
 import rayloom
 from rayloom.errors import JobError
@@ -23,6 +27,7 @@ from rayloom.errors import JobError
 _SAYS = "the local Ray is at "
 _START_SECONDS = 180.0
 _END_SECONDS = 60.0
+_KILL_SECONDS = 10.0
 
 
 class OwnRay:
@@ -49,14 +54,15 @@ class OwnRay:
 
     def __exit__(self, *error: object) -> None:
         assert self._process.stdin is not None
-        if self._address is None:  # nobody has used it, and nobody waits for its orderly end
-            self._process.kill()
         with suppress(BrokenPipeError):
             self._process.stdin.close()
         try:
-            self._process.wait(_END_SECONDS)
+            if self._address is not None:
+                self._process.wait(_END_SECONDS)
         except subprocess.TimeoutExpired:
-            self._process.kill()  # its children die with it
+            pass
+        if self._process.poll() is None:  # or nobody has used it, and nobody waits for its orderly end
+            _kill_session(self._process.pid)
             self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -80,6 +86,24 @@ class OwnRay:
                 raise JobError(f"the local Ray has not started, or not within {_START_SECONDS:g} s: {last[0]}")
             self._address = said.removeprefix(_SAYS)
         return self._address
+
+
+def _kill_session(leader: int) -> None:
+    """SIGKILL to every process of a session, and to those that they have started meanwhile: one that is left would
+    write into the folder once more."""
+    deadline = time.monotonic() + _KILL_SECONDS
+    while (members := [one for one in psutil.process_iter() if _is_of(one, leader)]) and time.monotonic() < deadline:
+        for process in members:
+            with suppress(psutil.Error):
+                process.kill()
+        time.sleep(0.05)
+
+
+def _is_of(process: Any, leader: int) -> bool:
+    try:
+        return os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE
+    except (psutil.Error, OSError):
+        return False
 
 
 def main() -> None:
