@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 @pytest.mark.slow
 def test_predict_writes_what_transformers_answers_and_goes_on_where_it_was(tiny_model: Path, tmp_path: Path) -> None:
     rows = [{"instruction": f"What is {number}?", "output": f"It is {number}."} for number in range(5)]
+    del rows[3]["output"]  # a prompt needs no answer
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     adapter = tmp_path / "adapter"
@@ -43,7 +44,7 @@ def test_predict_writes_what_transformers_answers_and_goes_on_where_it_was(tiny_
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     for number, answer in enumerate(answers):
         assert answer["row"] == number
-        assert answer["reference"] == f"It is {number}."
+        assert answer["reference"] == rows[number].get("output", "")
         assert answer["prompt"] == f"<|im_start|>user\nWhat is {number}?<|im_end|>\n<|im_start|>assistant\n"
         ids = tokenizer(answer["prompt"], add_special_tokens=False)["input_ids"]
         expected = reference.greedy(model, ids, 6, [tokenizer.eos_token_id])
