@@ -25,7 +25,7 @@ from rayloom.stages.prepare import prepare_eval
 
 LAYOUT = 1
 """Raised when what the key is made of changes."""
-_OF_PLACE = ("name", "output_dir", "resume", "overwrite")
+_OF_PLACE = ("name", "output_dir", "resume", "overwrite", "search")  # `rayloom train` leaves a search aside
 _OF_DATA = ("store", "manifest")
 _OF_TRAIN = (
     "min_workers", "cpus_per_worker", "collective_timeout", "track", "logging_steps", "save_steps", "keep_checkpoints",

@@ -29,7 +29,7 @@ from rayloom.train.driver import run_job
 from rayloom.train.host import Host
 from rayloom.train.monitor import answer
 from rayloom.train.ray_session import set_variables
-from rayloom.train.run_dir import RunDir
+from rayloom.train.run_dir import find_run, rest_of
 
 POINT = "point"
 """Where a trial's Tune config has its point, if it was drawn beforehand."""
@@ -121,13 +121,14 @@ class TrialRun(tune.Trainable):
         """In a thread: the job, whose rows, result or error go into the queue."""
         try:
             job = self._task.plan.trial_job(name, point)
-            if rows := _finished_rows(job):
-                for row in rows:
+            left = _left(job)
+            if left is None:  # it had finished when the search was killed, and Tune had not noted it yet
+                for row in find_run(job).metrics():
                     self._events.put(row)
                 self._events.put({"status": "finished"})
                 return
             host = Host(self._events.put, self._stop, self._task.jobs)
-            self._events.put(run_job(_continued(job), started=time.time(), host=host))
+            self._events.put(run_job(left, started=time.time(), host=host))
         except Exception as error:
             self._events.put(error)
 
@@ -139,24 +140,14 @@ def point_of(plan: SearchPlan, config: dict[str, Any]) -> Point:
     return {entry.key: entry.value_of(config[entry.key]) for entry in plan.entries}
 
 
-def _finished_rows(job: JobConfig) -> list[dict[str, Any]]:
-    """Of a trial that had finished when the search was killed, and Tune had not noted it yet."""
-    run = RunDir(job.run_dir, job.run_dir.exists())
-    return run.metrics() if _is_of(job, run) and run.result().get("status") == "finished" else []
-
-
-def _continued(job: JobConfig) -> JobConfig:
-    """The same, going on where an attempt before this one has left a checkpoint."""
-    run = RunDir(job.run_dir, job.run_dir.exists())
+def _left(job: JobConfig) -> JobConfig | None:
+    """What an attempt before this one has left to do of a trial; None: nothing. A run directory that is of another
+    trial, which was named alike, is overwritten."""
+    run = find_run(job)
     if not run.existed:
         return job
-    goes_on = _is_of(job, run) and run.latest_checkpoint() is not None
-    return job.model_copy(update={"resume": goes_on, "overwrite": not goes_on})
-
-
-def _is_of(job: JobConfig, run: RunDir) -> bool:
-    """Whether a run directory is of this very job, not of another trial that was named alike."""
     try:
-        return read_job(run.path / "job.yaml") == job
+        is_own = read_job(run.path / "job.yaml") == job
     except RequestError:
-        return False
+        is_own = False
+    return rest_of(job) if is_own else job.model_copy(update={"overwrite": True})
