@@ -31,6 +31,14 @@ def write_rows(path: Path, rows: int, seed: int = 0) -> Path:
     return path
 
 
+def two_sets(folder: Path) -> list[dict[str, Any]]:
+    """30 rows and 60 rows, with weights 1 and 3."""
+    return [
+        {"path": str(write_rows(folder / "short.jsonl", 30, seed=1)), "weight": 1},
+        {"path": str(write_rows(folder / "long.jsonl", 60, seed=2)), "weight": 3},
+    ]
+
+
 def job(model: Path, output: Path, sets: list[dict[str, Any]], name: str = "run", **parts: Any) -> JobConfig:
     """A job in fp32 on one CPU worker that logs every step; `parts` (`train={...}`) are merged in."""
     document: dict[str, Any] = {
