@@ -42,6 +42,13 @@ def refusal(space: dict[str, Any], **search: Any) -> str:
     return str(error.value)
 
 
+def test_a_search_needs_a_folder() -> None:
+    request = document({"train.learning_rate": "choice(1e-4, 1e-3)"})
+    request.data["output_dir"] = "s3://bucket/runs"
+    with pytest.raises(RequestError, match="output_dir: a search needs a folder, and s3://bucket/runs is an address"):
+        plan_search(request)
+
+
 def test_points_are_a_function_of_the_seed() -> None:
     entries = parse_space(SPACE)
     drawn = list(points(entries, samples=200, seed=1, whole_grid=False))

@@ -115,6 +115,8 @@ def _different(plan: SearchPlan, drawn: Any, leave_out_same: bool) -> Sequence[P
 
 def _check_searched(job: JobConfig, search: SearchConfig) -> None:
     faults = []
+    if job.output_folder is None:
+        faults.append(f"output_dir: a search needs a folder, and {job.output_dir} is an address")
     if job.stage.type == "spin":
         faults.append("search: stage spin is rounds of jobs, whose metrics a search does not see; search over dpo")
     if search.searcher in ("optuna", "hyperopt") and importlib.util.find_spec(search.searcher) is None:
