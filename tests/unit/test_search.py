@@ -172,10 +172,11 @@ def test_train_leaves_the_search_aside() -> None:
     assert job.method.rank == 8
 
 
-def test_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["learning-rate", "population"])
+def test_the_recipe(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     root = Path(__file__).resolve().parents[2]
     monkeypatch.chdir(root)
-    recipe = read_job(root / "jobs" / "search" / "learning-rate.yaml")
+    recipe = read_job(root / "jobs" / "search" / f"{name}.yaml")
     assert recipe.search is not None
     plan, _ = plan_search(Document("recipe", recipe.model_dump(mode="json")))
     assert plan.trials == recipe.search.samples

@@ -28,13 +28,26 @@ class SearchConfig(ConfigPart):
     searcher: Literal["random", "grid", "optuna", "hyperopt"] = "random"
     """Who proposes values: `random` draws them, `grid` takes every combination, `optuna` and `hyperopt` learn from the
     trials before (extra `search`)."""
-    scheduler: Literal["none", "asha", "median"] = "none"
+    scheduler: Literal["none", "asha", "median", "population"] = "none"
     """Which trials are stopped early: `asha`, those that are not among the best 1/`reduction` at a rung; `median`,
-    those whose best value is worse than the median of the other trials' means so far."""
+    those whose best value is worse than the median of the other trials' means so far. `population` (population based
+    training) stops none: at each `interval` the worst trials go on from checkpoints of the best ones, with changed
+    values."""
     grace: Number = Field(default=0.1, gt=0, lt=1)
     """Share of a trial's training before which it is not stopped, and of asha the first rung; above 0, below 1."""
     reduction: Number = Field(default=3.0, gt=1)
     """For asha: each rung is so many times as far as the one before, and one trial of so many goes on; above 1."""
+    interval: Number = Field(default=0.2, gt=0, lt=1)
+    """For population: share of a trial's training between two comparisons; above 0, below 1. Rounded to steps at which
+    the metric comes."""
+    quantile: Number = Field(default=0.25, gt=0, le=0.5)
+    """For population: share of the trials that take over a checkpoint, and of those that they take it from; above 0, at
+    most 0.5. Rounded up, but no more than half of the trials."""
+    resample: Number = Field(default=0.25, ge=0, le=1)
+    """For population: how likely a value that is taken over is drawn anew, and not changed a little; 0 to 1."""
+    perturb: Number = Field(default=0.2, gt=0, lt=1)
+    """For population: a number that is changed a little becomes larger or smaller by this share of it, within its
+    range; above 0, below 1. Of listed values the next or the one before is taken."""
     concurrent: Whole | None = Field(default=None, ge=1)
     """Most trials at a time; at least 1. Left out, or more than that: as many as the cluster holds."""
     seed: Whole = Field(default=42, ge=0)
@@ -58,6 +71,8 @@ class SearchConfig(ConfigPart):
                 raise ValueError(
                     f"searcher grid takes every combination, and {entry.key} is {entry.kind}; use grid or choice for it"
                 )
+            if self.searcher in ("optuna", "hyperopt") and self.scheduler == "population":
+                raise ValueError(f"scheduler population changes values itself; leave searcher {self.searcher} out")
             if self.searcher in ("optuna", "hyperopt") and entry.kind == "grid":
                 raise ValueError(f"searcher {self.searcher} chooses by itself; use choice for {entry.key}, not grid")
         return self

@@ -11,9 +11,13 @@ import ray
 from ray import cloudpickle, tune
 
 from rayloom.errors import first_line
+from rayloom.search.member import NUMBER, RUNG
 from rayloom.search.plan import TRIALS, SearchPlan
+from rayloom.search.population import next_rung, rungs_of, taken_over, told
 from rayloom.search.results import FAILED, FINISHED, STOPPED, read_ledger, write_ledger
+from rayloom.search.takeover import decide, forget_pins
 from rayloom.search.trial import ENDED, PAUSED, PERCENT, REFUSED, point_of
+from rayloom.search.turns import give_for
 
 _WRITE_SECONDS = 5.0
 _END_SECONDS = 600.0
@@ -48,12 +52,19 @@ class LedgerWriter(tune.Callback):
         """Begin, or go on with what a search that was killed had written."""
         plan = self._plan
         head = {"name": plan.job.name, "metric": plan.search.metric, "mode": plan.search.mode, "best": None}
+        if self._is_population:
+            head |= {"decided": 0, "exploits": []}
         self._ledger = head | read_ledger(plan.folder)
+        if self._is_population:
+            forget_pins(plan.folder, self._ledger["decided"])
+            self._decide()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial begins, or goes on."""
         record = self._record(trial)
         point = point_of(self._plan, trial.config)
+        if self._is_population:  # of which Tune does not know what has changed
+            point = record.get("point", point)
         values = self._plan.values(point)
         record |= {"status": "running", "values": values, "point": point, "begun": time.time()}
         record |= {"run_dir": str(self._plan.folder / TRIALS / record["name"]), "error": None}
@@ -67,6 +78,8 @@ class LedgerWriter(tune.Callback):
             self._paused.add(str(trial))
             if self._paused >= {str(one) for one in trials if one.status == "RUNNING"}:
                 signal.raise_signal(signal.SIGUSR1)  # how Tune is told to leave its trials for another time
+        elif RUNG in result:
+            self._arrive(trial, result)
         elif REFUSED in result:
             self._ledger[REFUSED] = result[REFUSED]
             self._write()
@@ -95,9 +108,38 @@ class LedgerWriter(tune.Callback):
             return
         record = self._record(trial)
         now = time.time()
+        if self._is_population:
+            give_for(self._plan.folder, record["name"])  # it may have died with it
         record |= {"status": status, "error": error, "ended": now, "seconds": round(now - record["begun"], 2)}
         self._say(f"{record['name']} {status}" + (f": {error}" if error else f" at step {record['step']}"))
         self._write()
+        if self._is_population:
+            self._decide()
+
+    @property
+    def _is_population(self) -> bool:
+        return self._plan.search.scheduler == "population"
+
+    def _arrive(self, trial: Any, result: dict[str, Any]) -> None:
+        """A trial of a population has come to a rung, in what it trains now or in what it drops."""
+        record, rung, metric = self._record(trial), result[RUNG], self._plan.search.metric
+        if result[NUMBER] != len(taken_over(self._ledger, record["name"])) or rung <= record["passed"]:
+            return
+        record["passed"] = rung
+        if metric in result:
+            record["rungs"][str(rung)] = {"step": result["step"], "value": result[metric]}
+        self._write()
+        self._decide()
+
+    def _decide(self) -> None:
+        """Decide what can be decided: who goes on from whose checkpoint."""
+        plan, before = self._plan, len(self._ledger["exploits"])
+        while rung := next_rung(self._ledger, plan.trials, rungs_of(plan.job, plan.search)):
+            decide(plan, self._ledger, rung)
+            self._write()
+            forget_pins(plan.folder, rung)
+        for exploit in self._ledger["exploits"][before:]:
+            self._say(told(exploit))
 
     def _record(self, trial: Any) -> dict[str, Any]:
         for record in self._ledger["trials"]:
@@ -105,6 +147,8 @@ class LedgerWriter(tune.Callback):
                 found: dict[str, Any] = record
                 return found
         record = {"name": str(trial), "status": "running", "value": None, "step": 0, "progress": 0.0}
+        if self._is_population:
+            record |= {"passed": 0, "rungs": {}}
         self._ledger["trials"].append(record)
         return record
 

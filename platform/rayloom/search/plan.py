@@ -15,6 +15,7 @@ from rayloom.config.job import JobConfig
 from rayloom.config.read import key_steps, set_key, validate_job
 from rayloom.errors import RequestError
 from rayloom.search.config import SearchConfig
+from rayloom.search.population import check_population, with_rungs
 from rayloom.search.space import Entry, Point, corner_points, points
 from rayloom.train.driver import check_parts
 
@@ -54,6 +55,10 @@ class SearchPlan:
         Raises:
             RequestError: these values make no job.
         """
+        job = self._job(name, point)
+        return with_rungs(job, self.search) if self.search.scheduler == "population" else job
+
+    def _job(self, name: str, point: Point) -> JobConfig:
         document, values = self._place(point)
         document.data |= {"name": name, "output_dir": str(self.folder / TRIALS)}
         try:
@@ -66,7 +71,7 @@ class SearchPlan:
 
     def best_job(self, point: Point) -> JobConfig:
         """A job that repeats a trial, outside of the search."""
-        job = self.trial_job(f"{self.job.name}-best", point)
+        job = self._job(f"{self.job.name}-best", point)
         return job.model_copy(update={"output_dir": self.job.output_dir})
 
     def _place(self, point: Point) -> tuple[Document, Point]:
@@ -96,6 +101,8 @@ def plan_search(document: Document) -> tuple[SearchPlan, list[JobConfig]]:
     for entry in entries:
         if str(key_steps(entry.key)[0]) in _NOT_SEARCHED:
             raise RequestError(f"search.space: {entry.key} is the same in all trials; it cannot be searched")
+    if search.scheduler == "population":
+        check_population(job, search)
     plan = SearchPlan(document, job, search, entries, None)
     corners = list(corner_points(entries))
     jobs = [plan.trial_job(f"{job.name}-corner", point) for point in corners]
@@ -103,6 +110,8 @@ def plan_search(document: Document) -> tuple[SearchPlan, list[JobConfig]]:
         drawn = points(entries, samples=search.samples, seed=search.seed, whole_grid=search.searcher == "grid")
         plan = SearchPlan(document, job, search, entries, tuple(_different(plan, drawn, search.searcher == "grid")))
         jobs += [plan.trial_job(f"{job.name}-trial", point) for point in plan.points or ()]
+    if search.scheduler == "population" and plan.trials < 2:
+        raise RequestError("search.samples: a population has at least 2 trials, of which one can take over another")
     return plan, jobs
 
 

@@ -4,6 +4,7 @@
                 best.yaml       a job that repeats the best trial
                 search.png      the trials, and the best of them over time
                 trials/         a run directory for each
+                population/     of a population: checkpoints that are kept for others to take over
                 tune/           Ray Tune's own state, from which a search that was ended goes on
                 tune.log        what Ray Tune has to say, if anything
 
@@ -26,7 +27,9 @@ from rayloom.config.job import JobConfig
 from rayloom.config.read import dump_job, read_job
 from rayloom.errors import JobError, RequestError
 from rayloom.search.plan import SearchPlan, plan_search
-from rayloom.search.results import best_trial, read_ledger, trials_left, write_ledger
+from rayloom.search.population import history
+from rayloom.search.results import Ledger, best_trial, read_ledger, trials_left, write_ledger
+from rayloom.search.takeover import POPULATION
 from rayloom.stages.prepare import plan_data, prepare_eval
 from rayloom.train.driver import check_model_and_method
 from rayloom.train.ray_session import own_ray, prepare_environment, ray_session
@@ -121,7 +124,9 @@ def _tune(plan: SearchPlan, at_once: int) -> None:
 
     from rayloom.search.algorithms import scheduler_of, searcher_of, space_of
     from rayloom.search.ledger import LedgerWriter, StopWhenRefused
+    from rayloom.search.member import MemberRun
     from rayloom.search.trial import TrialRun, TrialTask
+    from rayloom.search.turns import start_turns
     from rayloom.train.monitor import start_monitor
 
     # What it has to say to a person, the ledger says.
@@ -129,10 +134,14 @@ def _tune(plan: SearchPlan, at_once: int) -> None:
     log.propagate = False
     log.handlers = [logging.FileHandler(plan.folder / LOG, delay=True)]
     monitor = start_monitor()
-    task = TrialTask(plan, at_once, str(Path.cwd()), monitor)
+    is_population = plan.search.scheduler == "population"
+    turns = start_turns(plan.folder, at_once) if is_population else None
+    task = TrialTask(plan, at_once, str(Path.cwd()), monitor, turns)
     # On this very node, and of next to nothing: a trial's own workers take what they need.
     here = {f"node:{ray.util.get_node_ip_address()}": _DRIVER_SHARE, "CPU": 0}
-    trainable = tune.with_resources(tune.with_parameters(TrialRun, task=task), tune.PlacementGroupFactory([here]))
+    trainable = tune.with_resources(
+        tune.with_parameters(MemberRun if is_population else TrialRun, task=task), tune.PlacementGroupFactory([here])
+    )
     state = str(plan.folder / TUNE)
 
     def stop(name: str) -> None:
@@ -154,7 +163,7 @@ def _tune(plan: SearchPlan, at_once: int) -> None:
                 search_alg=searcher_of(plan.search),
                 scheduler=scheduler_of(plan.search),
                 num_samples=plan.trials if plan.points is None else 1,
-                max_concurrent_trials=at_once,
+                max_concurrent_trials=plan.trials if is_population else at_once,  # which takes turns itself
                 trial_name_creator=name,
                 trial_dirname_creator=name,
             ),
@@ -177,6 +186,21 @@ def _trial_name(search: str, offset: int, trial: Any) -> str:
     return f"{search}-{int(trial.experiment_tag.split('_')[0]) + offset:04d}"
 
 
+def _heading(ledger: Ledger, best: dict[str, Any]) -> str:
+    """What `best.yaml` begins with."""
+    lines = [f"Trial {best['name']} of {ledger['name']}."]
+    parts = history(ledger, best["name"])
+    if len(parts) > 1:
+        lines += [
+            "It took over checkpoints of other trials, with changed values, which no job file can repeat. This job has",
+            f"the values of the end for all of its steps. What the trial has trained is in {best['run_dir']}/model.",
+        ]
+        for part in parts:
+            shown = ", ".join(f"{key} {value}" for key, value in part["values"].items())
+            lines.append(f"  from step {part['step']}, in {part['trial']}: {shown}")
+    return "\n".join(f"# {line}" for line in lines)
+
+
 def _finish(plan: SearchPlan, run: RunDir) -> dict[str, Any]:
     from rayloom.search.show import draw
 
@@ -191,10 +215,11 @@ def _finish(plan: SearchPlan, run: RunDir) -> dict[str, Any]:
     write_ledger(plan.folder, ledger)
     if best is not None:
         text = dump_job(plan.best_job(best["point"]))
-        (plan.folder / "best.yaml").write_text(f"# Trial {best['name']} of {plan.job.name}.\n{text}", encoding="utf-8")
+        (plan.folder / "best.yaml").write_text(f"{_heading(ledger, best)}\n{text}", encoding="utf-8")
         draw(ledger, plan.folder / "search.png")
     if left := trials_left(ledger, plan.trials):
         raise JobError(f"stopped with {left} trials to go; resume=true goes on with the search in {plan.folder}")
+    shutil.rmtree(plan.folder / POPULATION, ignore_errors=True)
     if best is None:
         reasons = list(dict.fromkeys(trial["error"] for trial in ledger["trials"] if trial["error"]))
         raise JobError(f"every trial failed: {'; '.join(reasons[:3])}")

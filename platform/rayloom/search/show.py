@@ -10,14 +10,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rayloom.search.population import told
 from rayloom.search.results import FAILED, FINISHED, STOPPED, Ledger, best_trial
 
 _STYLES = {FINISHED: ("#1f4e8c", 1.6), STOPPED: ("#9db7d5", 1.0), FAILED: ("#c2571a", 1.0)}
 _BEST = ("#2e8b57", 2.6)
+_TAKEN = "#777777"
 
 
 def show(ledger: Ledger, console: Console) -> None:
-    """A row for each trial, the best first; then why some failed."""
+    """A row for each trial, the best first; then what was taken over, and why some failed."""
     keys = list(dict.fromkeys(key for trial in ledger["trials"] for key in trial["values"]))
     table = Table("trial", "status", "steps", ledger["metric"], *keys, box=None, pad_edge=False)
     for trial in _ranked(ledger):
@@ -26,13 +28,16 @@ def show(ledger: Ledger, console: Console) -> None:
         row += [_text(trial["values"].get(key, "-")) for key in keys]
         table.add_row(*row, style="bold" if trial["name"] == ledger["best"] else None)
     console.print(table, highlight=False)
+    for exploit in ledger.get("exploits", []):
+        console.print(told(exploit), highlight=False, markup=False, soft_wrap=True)
     for trial in ledger["trials"]:
         if trial["error"]:
             console.print(f"{trial['name']}: {trial['error']}", highlight=False, markup=False, soft_wrap=True)
 
 
 def draw(ledger: Ledger, path: Path) -> None:
-    """Draw the trials as lines over the searched keys and the metric, and the best value over time."""
+    """Draw the trials as lines over the searched keys and the metric, and the best value over time; of a population,
+    who took over whom."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -42,7 +47,10 @@ def draw(ledger: Ledger, path: Path) -> None:
     keys = list(dict.fromkeys(key for trial in trials for key in trial["values"]))
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), dpi=130, width_ratios=[3, 2])
     _parallel(left, trials, keys, ledger)
-    _best_so_far(right, trials, ledger)
+    if "exploits" in ledger:
+        _population(right, trials, ledger)
+    else:
+        _best_so_far(right, trials, ledger)
     figure.suptitle(ledger["name"])
     figure.tight_layout()
     figure.savefig(path)
@@ -99,6 +107,34 @@ def _best_so_far(axes: Any, trials: Sequence[dict[str, Any]], ledger: Ledger) ->
     axes.step(order, best, where="post", color=_BEST[0], linewidth=2, label="best so far")
     axes.set(xlabel="trials, as they ended", ylabel=ledger["metric"])
     axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _population(axes: Any, trials: Sequence[dict[str, Any]], ledger: Ledger) -> None:
+    """Over the steps: each trial's value at the rungs and at its end, and from whom it took over a checkpoint."""
+    best = best_trial(ledger)
+    at = {(trial["name"], int(rung)): value for trial in trials for rung, value in trial["rungs"].items()}
+    takes = {(exploit["trial"], exploit["rung"]): exploit["from"] for exploit in ledger["exploits"]}
+    for trial in trials:
+        is_best = best is not None and trial["name"] == best["name"]
+        color, width = _BEST if is_best else _STYLES[trial["status"]]
+        lines: list[list[tuple[float, float]]] = [[]]
+        for rung in sorted(map(int, trial["rungs"])):
+            value = at[trial["name"], rung]
+            lines[-1].append((value["step"], value["value"]))
+            source = at.get((takes.get((trial["name"], rung), ""), rung))
+            if source is not None:  # its line goes on where the other one's is
+                lines.append([(source["step"], source["value"])])
+                axes.plot(*zip(lines[-2][-1], lines[-1][0], strict=True), color=_TAKEN, linestyle=":", zorder=1)
+        if trial["value"] is not None:
+            lines[-1].append((trial["step"], trial["value"]))
+        for line in lines:
+            axes.plot(*zip(*line, strict=True), color=color, linewidth=width, marker="o", markersize=3,
+                      zorder=3 if is_best else 2)  # fmt: skip
+    axes.plot([], [], color=_TAKEN, linestyle=":", label="takes over the checkpoint")
+    axes.set(xlabel="step", ylabel=ledger["metric"])
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)

@@ -34,6 +34,11 @@ class Entry:
     when: Mapping[str, Any] = field(default_factory=dict)
     """Keys and the value, or list of values, that they must have; else this key is left as the job has it."""
 
+    @property
+    def is_range(self) -> bool:
+        """Whether its arguments are (low, high)."""
+        return self.kind in _RANGES
+
     def draw(self, generator: random.Random) -> Any:
         """A value; of a `grid` as of a `choice`."""
         if self.kind not in _RANGES:

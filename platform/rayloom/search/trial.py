@@ -37,7 +37,7 @@ PERCENT = "percent"
 """In a result: how much of the trial's training is done. What schedulers take for the time."""
 ENDED, REFUSED, PAUSED = "ended", "refused", "paused"
 """In a result: the job has come to its end; the search makes no sense, and why; the job was told to stop."""
-_POLL_SECONDS = 1.0
+POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class TrialTask:
     """The search's current directory, from which paths in the job file are taken."""
     monitor: Any
     """Says when the search is told to stop."""
+    turns: Any = None
+    """Of a population: says which trials may train."""
 
 
 class TrialRun(tune.Trainable):
@@ -67,8 +69,8 @@ class TrialRun(tune.Trainable):
         self._stop = threading.Event()
         self._asked = 0.0
         self._last: dict[str, Any] = {}
-        point = point_of(task.plan, config)
-        self._thread = threading.Thread(target=self._run, args=(self.trial_name, point), daemon=True)
+        self._point = point_of(task.plan, config)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def step(self) -> dict[str, Any]:
@@ -80,27 +82,31 @@ class TrialRun(tune.Trainable):
         """
         while True:
             event = self._next()
-            try:
-                if isinstance(event, Exception):
-                    raise event
-                if "status" in event:  # the job's result
-                    if event["status"] == "stopped":
-                        return {**self._last, PAUSED: True}
-                    if not self._last:
-                        return {"done": True, REFUSED: str(self._metric.missing())}
-                    return {**self._last, "done": True, ENDED: True}
-                value = self._metric.read(event)
-            except RequestError as error:
-                if isinstance(event, Exception):
-                    raise
-                return {"done": True, REFUSED: str(error)}
-            if value is not None:
-                self._last = {self._metric.name: value, "step": event["step"], PERCENT: 100 * event["progress"]}
-                return dict(self._last)  # Tune writes into it
+            if isinstance(event, Exception):
+                raise event
+            if (result := self._result(event)) is not None:
+                return result
+
+    def _result(self, event: dict[str, Any]) -> dict[str, Any] | None:
+        """What Tune hears of a row, or of the job's own result; None: nothing."""
+        if "status" in event:  # the job's result
+            if event["status"] == "stopped":
+                return {**self._last, PAUSED: True}
+            if not self._last:
+                return {"done": True, REFUSED: str(self._metric.missing())}
+            return {**self._last, "done": True, ENDED: True}
+        try:
+            value = self._metric.read(event)
+        except RequestError as error:
+            return {"done": True, REFUSED: str(error)}
+        if value is None:
+            return None
+        self._last = {self._metric.name: value, "step": event["step"], PERCENT: 100 * event["progress"]}
+        return dict(self._last)  # Tune writes into it
 
     def end_job(self) -> None:
         """End the job with a checkpoint, if it has not ended; return when its workers have."""
-        self._stop.set()
+        self._ask_to_stop()
         self._thread.join()
 
     def cleanup(self) -> None:
@@ -110,27 +116,36 @@ class TrialRun(tune.Trainable):
     def _next(self) -> Any:
         """The job's next event. Meanwhile, and however fast they come: whether the search was told to stop."""
         while True:
-            if time.monotonic() > self._asked + _POLL_SECONDS:
+            if time.monotonic() > self._asked + POLL_SECONDS:
                 self._asked = time.monotonic()
-                if answer(self._task.monitor.stop_requested.remote(), self.trial_name):
-                    self._stop.set()
+                self._watch()
             with suppress(queue.Empty):
-                return self._events.get(timeout=_POLL_SECONDS)
+                return self._events.get(timeout=POLL_SECONDS)
 
-    def _run(self, name: str, point: Point) -> None:
+    def _watch(self) -> None:
+        """Once a second, or a little more."""
+        if answer(self._task.monitor.stop_requested.remote(), self.trial_name):
+            self._ask_to_stop()
+
+    def _ask_to_stop(self) -> None:
+        self._stop.set()
+
+    def _run(self) -> None:
         """In a thread: the job, whose rows, result or error go into the queue."""
         try:
-            job = self._task.plan.trial_job(name, point)
-            left = _left(job)
-            if left is None:  # it had finished when the search was killed, and Tune had not noted it yet
-                for row in find_run(job).metrics():
-                    self._events.put(row)
-                self._events.put({"status": "finished"})
-                return
-            host = Host(self._events.put, self._stop, self._task.jobs)
-            self._events.put(run_job(left, started=time.time(), host=host))
+            self._events.put(self._train())
         except Exception as error:
             self._events.put(error)
+
+    def _train(self) -> dict[str, Any]:
+        """Run what is left of the job; its result."""
+        job = self._task.plan.trial_job(self.trial_name, self._point)
+        left = what_is_left(job)
+        if left is None:  # it had finished when the search was killed, and Tune had not noted it yet
+            for row in find_run(job).metrics():
+                self._events.put(row)
+            return {"status": "finished"}
+        return run_job(left, started=time.time(), host=Host(self._events.put, self._stop, self._task.jobs))
 
 
 def point_of(plan: SearchPlan, config: dict[str, Any]) -> Point:
@@ -140,7 +155,7 @@ def point_of(plan: SearchPlan, config: dict[str, Any]) -> Point:
     return {entry.key: entry.value_of(config[entry.key]) for entry in plan.entries}
 
 
-def _left(job: JobConfig) -> JobConfig | None:
+def what_is_left(job: JobConfig) -> JobConfig | None:
     """What an attempt before this one has left to do of a trial; None: nothing. A run directory that is of another
     trial, which was named alike, is overwritten."""
     run = find_run(job)

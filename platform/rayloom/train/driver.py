@@ -103,6 +103,7 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False, host: Host
                 deepspeed=deepspeed,
                 own_cluster=own_cluster,
                 reference=reference_place(job, plan, eval_plan, encoder, precision, resources.device),
+                pins=host.pins if host is not None else None,
             )
             reporter.say(f"{job.name}: {_describe(work)}")
             for data_set, store in zip(plan.sets, options.stores, strict=True):

@@ -213,6 +213,9 @@ class Execution:
             self._group = event["group"]
         elif event["kind"] == "checkpoint":
             self._checkpoint_time = event["time"]
+        elif event["kind"] == "pinned":
+            if self._host is not None:
+                self._host.pinned(Path(event["place"]))
         elif event["kind"] == "manifest":
             with run.manifest_file.open("a") as file:
                 file.write(json.dumps(event["row"]) + "\n")

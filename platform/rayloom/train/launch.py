@@ -18,6 +18,7 @@ from rayloom.stages.prepare import eval_options
 from rayloom.stages.reference import ReferencePlace
 from rayloom.train.config import TrainConfig
 from rayloom.train.meter import StreamMeter
+from rayloom.train.pins import Pins
 from rayloom.train.ppo_rules import stream_rows
 from rayloom.train.run_dir import CHECKPOINTS, RunDir
 
@@ -56,6 +57,8 @@ class Work:
     """The engines of stage ppo, as workers call them."""
     reference: ReferencePlace | None = None
     """Where the reference's log-probabilities are kept, if they are."""
+    pins: Pins | None = None
+    """Which checkpoints the job's host wants to have pinned, if any."""
 
     def segments(self, start: Position) -> int:
         """How many segments to make from `start` on, in one execution of the pipeline.
@@ -89,11 +92,13 @@ def ray_trainer(work: Work, monitor: Any) -> Any:
     job, run, resources = work.job, work.run, work.resources
     import ray.train
 
-    from rayloom.train.checkpoint_news import CheckpointNews
+    from rayloom.train.checkpoint_news import CheckpointNews, take_pin
     from rayloom.train.data_parallel import ProcessGroupConfig, StreamDataParallelTrainer
 
     worker: Any = _train_worker
-    news: Any = CheckpointNews(monitor)  # of a kind that Ray's annotation leaves out
+    if work.pins is not None and (latest := run.latest_checkpoint()) is not None:
+        take_pin(work.pins, latest, monitor)  # an attempt before this one may have ended between the two
+    news: Any = CheckpointNews(monitor, work.pins)  # of a kind that Ray's annotation leaves out
     return StreamDataParallelTrainer(
         worker,
         monitor=monitor,

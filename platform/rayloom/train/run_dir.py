@@ -78,7 +78,7 @@ class RunDir:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of `metrics.jsonl`."""
-        return _read_rows(self.metrics_file)
+        return read_rows(self.metrics_file)
 
     def latest_checkpoint(self) -> Path | None:
         """The checkpoint that Ray Train would resume from: the newest that it knows to be whole. Of one at an address,
@@ -131,7 +131,7 @@ class RunDir:
         self._clear_behind(step)
         for file in (self.metrics_file, self.manifest_file):
             if file.exists():
-                kept = [row for row in _read_rows(file) if row["step"] <= step]
+                kept = [row for row in read_rows(file) if row["step"] <= step]
                 file.write_text("".join(json.dumps(row) + "\n" for row in kept))
         return step
 
@@ -309,7 +309,8 @@ def check_data(run: RunDir, fingerprints: dict[str, str]) -> None:
         )
 
 
-def _read_rows(file: Path) -> list[dict[str, Any]]:
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The objects of a `.jsonl` file; of one that is not there, none."""
     if not file.exists():
         return []
     return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]

@@ -40,6 +40,7 @@ from rayloom.train.frozen_head import FrozenHeadLoss
 from rayloom.train.guard import GradientGuard
 from rayloom.train.meter import BatchCount, StepCount, StreamMeter
 from rayloom.train.monitor import answer
+from rayloom.train.own_settings import OwnSettings
 from rayloom.train.reshard import fitting_checkpoint
 from rayloom.train.schedule import ProgressSchedule, learning_rate_factor
 
@@ -307,6 +308,7 @@ class StreamTrainer(transformers.Trainer):
                 self.optimizer_cls_and_kwargs = library_class(config, self.args, model)
                 super().create_optimizer(model)
             self.trained = [weight for weight in model.parameters() if weight.requires_grad]
+            self.add_callback(OwnSettings(self.optimizer))
             if isinstance(self.optimizer, BAdam):
                 self.add_callback(_WhenWrapped(self.optimizer.begin))
         return self.optimizer

@@ -1,0 +1,28 @@
+"""What a resumed job says of its optimizer goes before what the checkpoint says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+
+
+class OwnSettings(transformers.TrainerCallback):
+    """A checkpoint's optimizer state brings the weight decay of then back, and under DeepSpeed the clipping. The job
+    may have others now. (The learning rate is set before each step.)
+
+    Args:
+        optimizer: as the job has made it, before a checkpoint is loaded.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self._decays = [group.get("weight_decay") for group in optimizer.param_groups]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        """The model is wrapped for training, and the checkpoint is loaded."""
+        for group, decay in zip(optimizer.param_groups, self._decays, strict=True):
+            if decay is not None:
+                group["weight_decay"] = decay
+        sharded = getattr(optimizer, "optimizer", None)
+        if hasattr(sharded, "clip_grad"):  # of ZeRO
+            sharded.clip_grad = args.max_grad_norm
