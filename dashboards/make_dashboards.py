@@ -46,6 +46,11 @@ def _of_job(metric: str, legend: str = "{{job}}") -> tuple[str, str]:
     return f"max by (job, of) (ray_rayloom_{metric}{{{JOB}}})", legend
 
 
+def _of_trials(metric: str, legend: str = "{{job}}") -> tuple[str, str]:
+    """Of each trial of a search, which has the search's name and a number."""
+    return f'max by (job, of) (ray_rayloom_{metric}{{job=~"($job)-[0-9]+"}})', legend
+
+
 def _rate(metric: str, legend: str = "{{job}}") -> tuple[str, str]:
     """Of a count that grows."""
     return f"max by (job, of) (rate(ray_rayloom_{metric}{{{JOB}}}[5m]))", legend
@@ -111,6 +116,19 @@ DASHBOARDS = (
             Panel("Epoch", (_of_job("epoch"),)),
         ),
         "ray_rayloom_step",
+    ),
+    Dashboard(
+        "search",
+        "Rayloom: search",
+        (
+            Panel("Trials by status", (_of_job("search_trials", "{{job}} {{of}}"),)),
+            Panel("Best value so far", (_of_job("search_best", "{{job}} {{of}}"),)),
+            Panel("Progress of each trial", (_of_trials("progress"),), "percentunit"),
+            Panel("Loss of each trial", (_of_trials("loss"), _of_trials("eval_loss", "{{job}} evaluation {{of}}"))),
+            Panel("Learning rate of each trial", (_of_trials("learning_rate"),)),
+            Panel("Checkpoints that were taken over", (_of_job("search_exploits"),)),
+        ),
+        "ray_rayloom_search_trials",
     ),
     Dashboard(
         "cluster",

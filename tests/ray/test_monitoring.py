@@ -22,6 +22,7 @@ import pytest
 from tests.ray.small_jobs import job, write_rows
 from tests.ray.test_ppo import ppo_job
 
+from rayloom.config.document import dump_document
 from rayloom.config.job import JobConfig
 from rayloom.config.read import dump_job
 from rayloom.jobs.local_head import LocalHead
@@ -172,6 +173,29 @@ def test_a_job_of_stage_ppo(prometheus: Prometheus, tiny_model: Path, tmp_path: 
         assert float(rate["value"][1]) > 0
         (restarts,) = prometheus.series('ray_rayloom_engine_restarts{job="watched-ppo"}')
         assert float(restarts["value"][1]) == 0
+
+
+def test_a_search(prometheus: Prometheus, tiny_model: Path, tmp_path: Path) -> None:
+    """A population, whose trials are jobs under its name."""
+    sets = [{"path": str(write_rows(tmp_path / "rows.jsonl", 200)), "name": "rows"}]
+    train = {"max_steps": ENDLESS, "logging_steps": 5, "eval_steps": 10}
+    config = job(tiny_model, tmp_path, sets, "sought", data={"held_out": 0.1}, train=train)
+    search = {"metric": "loss", "scheduler": "population", "samples": 2, "interval": 20 / ENDLESS}
+    search["space"] = {"train.learning_rate": "loguniform(1e-6, 1e-2)"}
+    file, log = tmp_path / "job.yaml", tmp_path / "search.log"
+    file.write_text(dump_document({**config.model_dump(mode="json"), "search": search}))
+    with log.open("w") as output:
+        command = [sys.executable, "-m", "rayloom", "tune", str(file)]
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True)
+    try:
+        wait_for_data(prometheus, panels("search"), log)
+        (running,) = prometheus.series('ray_rayloom_search_trials{job="sought", of="running"}')
+        assert float(running["value"][1]) == 2
+        (best,) = prometheus.series('ray_rayloom_search_best{job="sought"}')
+        assert best["metric"]["of"] == "loss"
+        assert process.poll() is None, log.read_text()[-4000:]
+    finally:
+        end(process)
 
 
 @pytest.mark.parametrize(

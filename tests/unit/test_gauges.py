@@ -12,6 +12,7 @@ from rayloom.config.read import read_job
 from rayloom.rollout.config import RolloutConfig
 from rayloom.rollout.members import Members
 from rayloom.rollout.request import EngineOptions
+from rayloom.search.gauges import show_search
 from rayloom.stages.config import StageConfig
 from rayloom.train.gauges import HELP, STATES, JobGauges, engine_measure, help_text
 from rayloom.train.track import RayMetrics
@@ -62,6 +63,20 @@ class Book:
 
     def set(self, measure: str, value: float, of: str = "") -> None:
         self.entries[measure, of] = float(value)
+
+
+def test_a_search_is_told_by_the_status_of_its_trials():
+    trials = [("finished", 0.5), ("finished", 0.4), ("running", 0.3), ("failed", None), ("stopped early", 0.9)]
+    ledger = {"mode": "min", "metric": "loss", "trials": [{"status": s, "value": v} for s, v in trials]}
+    book = Book()
+    show_search(book, ledger, 8)
+    counts = {of: value for (measure, of), value in book.entries.items() if measure == "search_trials"}
+    assert counts == {"waiting": 3, "running": 1, "finished": 2, "stopped early": 1, "failed": 1}
+    assert book.entries["search_best", "loss"] == 0.3
+    assert ("search_exploits", "") not in book.entries, "it is no population"
+    show_search(book, {**ledger, "mode": "max", "exploits": [{}, {}]}, 8)
+    assert (book.entries["search_best", "loss"], book.entries["search_exploits", ""]) == (0.9, 2)
+    assert {measure for measure, _ in book.entries} <= HELP.keys()
 
 
 @pytest.mark.parametrize("state", STATES)

@@ -11,6 +11,7 @@ import ray
 from ray import cloudpickle, tune
 
 from rayloom.errors import first_line
+from rayloom.search.gauges import show_search
 from rayloom.search.member import NUMBER, RUNG
 from rayloom.search.plan import TRIALS, SearchPlan
 from rayloom.search.population import next_rung, rungs_of, taken_over, told
@@ -18,6 +19,7 @@ from rayloom.search.results import FAILED, FINISHED, STOPPED, read_ledger, write
 from rayloom.search.takeover import decide, forget_pins
 from rayloom.search.trial import ENDED, PAUSED, PERCENT, REFUSED, point_of
 from rayloom.search.turns import give_for
+from rayloom.train.gauges import Gauges
 
 _WRITE_SECONDS = 5.0
 _END_SECONDS = 600.0
@@ -47,6 +49,7 @@ class LedgerWriter(tune.Callback):
         self._ledger: dict[str, Any] = {}
         self._written = 0.0
         self._paused: set[str] = set()
+        self._gauges: Gauges | None = None
 
     def setup(self, *args: Any, **info: Any) -> None:
         """Begin, or go on with what a search that was killed had written."""
@@ -55,6 +58,7 @@ class LedgerWriter(tune.Callback):
         if self._is_population:
             head |= {"decided": 0, "exploits": []}
         self._ledger = head | read_ledger(plan.folder)
+        self._gauges = Gauges(plan.job.name)
         if self._is_population:
             forget_pins(plan.folder, self._ledger["decided"])
             self._decide()
@@ -158,6 +162,8 @@ class LedgerWriter(tune.Callback):
     def _write(self) -> None:
         write_ledger(self._plan.folder, self._ledger)
         self._written = time.monotonic()
+        if self._gauges is not None:
+            show_search(self._gauges, self._ledger, self._plan.trials)
 
 
 def _reason(trial: Any) -> str:

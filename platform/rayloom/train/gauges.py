@@ -62,6 +62,10 @@ HELP = {
     "state": "1 for what the job does now: starting, training or stopping; 0 for the others",
     "breaks": "How often the job went on from a checkpoint, by why: a fault, or moved to other nodes",
     "checkpoint_time": "Time of day of the last checkpoint that counts, or of the first row of metrics, in seconds",
+    # of a search, under its name; its trials have all of the above, each under its own
+    "search_trials": "Trials of the search by their status; waiting: not begun",
+    "search_best": "Best of the trials' last values of the metric that the search goes by",
+    "search_exploits": "Checkpoints that trials of a population have taken over from others",
 }
 """What each measure is. Of an evaluation they begin with `eval_`."""
 STATES = ("starting", "training", "stopping")
