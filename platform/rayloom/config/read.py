@@ -30,8 +30,8 @@ def read_job_document(path: str | Path, overrides: Sequence[str] = ()) -> Docume
     document = read_document(Path(path))
     if "steps" in document.data:
         raise RequestError(
-            f"{document.place(('steps',))}: steps: this is a pipeline of jobs, which `rayloom train` and "
-            "`rayloom submit` run; name a job's file here"
+            f"{document.place(('steps',))}: steps: this is a pipeline of jobs, which `rayloom train`, `rayloom submit` "
+            "and `rayloom tune` run; name a job's file here"
         )
     for override in overrides:
         _apply_override(document, override)

@@ -85,6 +85,7 @@ def _planned(step: Step, whole: JobConfig, done: dict[str, PlannedStep]) -> Plan
 
         check_self_play(whole)
     key = step_key(whole, whole.run_dir)
-    place = {"name": f"{step.name}-{key}", "output_dir": str(whole.run_dir), "resume": False, "overwrite": False}
-    job = whole.model_copy(update=place)
+    place = {"name": f"{step.name}-{key}", "output_dir": str(whole.run_dir)}
+    of_all = {"resume": False, "overwrite": False, "search": None}
+    job = whole.model_copy(update={**place, **of_all})
     return PlannedStep(step.name, step.begins, job, stand_in(step, job, done), key)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,14 @@ from rayloom.methods.config import LoraConfig
 from rayloom.methods.optimizers.config import AdamWConfig
 from rayloom.stages.config import SftConfig
 
-OF_ALL = ("output_dir", "resume", "overwrite")
+OF_ALL = ("output_dir", "resume", "overwrite", "search")
 """Keys of a job that stand at the top only: of the pipeline as a whole."""
 _TYPES = {"method": LoraConfig().type, "stage": SftConfig().type, "optimizer": AdamWConfig().type}
 """Parts of a job whose `type` tells which keys they have, and the type of those that say none."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 _OF_STEP = re.compile(r"steps\[(\d+)\]\.(.+)", re.DOTALL)
+Change = tuple[str, Any, str]
+"""A key as an override writes it, its value, and where that was said."""
 
 
 @dataclass(frozen=True)
@@ -85,17 +87,50 @@ def is_pipeline(path: str | Path) -> bool:
 
 
 def read_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
-    """Read a pipeline's file and apply overrides: `steps[1].train.epochs=3` of one step, `train.epochs=3` of all.
+    """Read a pipeline's file and apply overrides: `steps[1].train.epochs=3` or `steps.dpo.train.epochs=3` of one step,
+    `train.epochs=3` of all.
 
     Raises:
         RequestError: with one message per fault of the steps' names and of what they refer to.
     """
-    document = read_document(Path(path))
+    return pipeline_of(read_pipeline_document(path, overrides))
+
+
+def read_pipeline_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
+    """A pipeline's file as it was written, with the overrides in it."""
+    changes = ((*read_override(override), f"override {override!r}") for override in overrides)
+    return with_changes(read_document(Path(path)), changes)
+
+
+def with_changes(document: Document, changes: Iterable[Change]) -> Document:
+    """A pipeline's document with other values of some keys; the given one stays as it is.
+
+    Raises:
+        RequestError: there is no such key or step.
+    """
     owns = _owns(document)
-    shared = Document(document.name, document.data, document.places)
-    del shared.data["steps"]
-    for override in overrides:
-        _apply(override, shared, owns)
+    top = {key: copy.deepcopy(value) for key, value in document.data.items() if key != "steps"}
+    shared = Document(document.name, top, {key: at for key, at in document.places.items() if key[0] != "steps"})
+    for key, value, place in changes:
+        _apply(key, value, place, shared, owns)
+    places = dict(shared.places)
+    for number, own in enumerate(owns):
+        places |= {("steps", number): own.name} | {("steps", number, *key): at for key, at in own.places.items()}
+    whole = Document(document.name, {**shared.data, "steps": [own.data for own in owns]}, places)
+    if ("steps",) in document.places:
+        whole.places[("steps",)] = document.places[("steps",)]
+    return whole
+
+
+def pipeline_of(document: Document) -> Pipeline:
+    """A pipeline from its document, which stays as it is.
+
+    Raises:
+        RequestError: with one message per fault of the steps' names and of what they refer to.
+    """
+    owns = _owns(document)
+    top = {key: value for key, value in document.data.items() if key != "steps"}
+    shared = Document(document.name, top, document.places)
     faults: list[str] = []
     if "name" not in shared.data:
         faults.append(f"{document.name}: name is missing")
@@ -160,9 +195,11 @@ def _owns(document: Document) -> list[Document]:
     return owns
 
 
-def _apply(override: str, shared: Document, owns: list[Document]) -> None:
-    key, value = read_override(override)
-    place = f"override {override!r}"
+def _apply(key: str, value: Any, place: str, shared: Document, owns: list[Document]) -> None:
+    if key.startswith("steps."):
+        own, of_step = _named(key, place, owns)
+        set_key(own, of_step, value, place)
+        return
     if key.partition("[")[0] == "steps":
         match = _OF_STEP.fullmatch(key)
         if match is None:
@@ -175,6 +212,22 @@ def _apply(override: str, shared: Document, owns: list[Document]) -> None:
     for own in owns:  # the command line goes before the file
         if key != "name":
             _forget(own, key_steps(key))
+
+
+def split_key(key: str, names: Iterable[str]) -> tuple[str, str] | None:
+    """(step, its key) of `steps.dpo.train.epochs`; None: there is no such step. A step's name may have dots."""
+    words = key.removeprefix("steps.")
+    fitting = [name for name in names if words.startswith(f"{name}.")]
+    return max(((name, words[len(name) + 1 :]) for name in fitting), key=lambda found: len(found[0]), default=None)
+
+
+def _named(key: str, place: str, owns: list[Document]) -> tuple[Document, str]:
+    names = [str(own.data.get("name")) for own in owns]
+    found = split_key(key, names)
+    if found is None:
+        name = key.split(".")[1]
+        raise RequestError(f"{place}: there is no step {name!r}{did_you_mean(name, names)}")
+    return owns[names.index(found[0])], found[1]
 
 
 def _forget(document: Document, steps: list[str | int]) -> None:

@@ -50,17 +50,17 @@ def run_pipeline(pipeline: Pipeline, *, started: float, verbose: bool = False) -
         job = left.get(step.name)
         if job is None:
             print(f"{title}: finished before, in {step.job.run_dir}", flush=True)
-            results.append(_summary(step, find_run(step.job).result(), skipped=True))
+            results.append(step_summary(step, find_run(step.job).result(), skipped=True))
             continue
         print(f"{title}: {_beginning(step, job)}", flush=True)
         try:
             with of_step(step.name):
                 result = run_any(job, started=time.time(), verbose=verbose)
         except JobError as error:
-            results.append(_summary(step, {"status": "failed", "error": str(error)}, skipped=False))
+            results.append(step_summary(step, {"status": "failed", "error": str(error)}, skipped=False))
             _write(plan, results, started)
             raise JobError(f"step {step.name}: {error}") from error
-        results.append(_summary(step, result, skipped=False))
+        results.append(step_summary(step, result, skipped=False))
         if result["status"] == "stopped":
             break
     return _write(plan, results, started)
@@ -125,7 +125,12 @@ def _beginning(step: PlannedStep, job: JobConfig) -> str:
     return f"begins at what {step.begins} has trained" if step.begins else "begins"
 
 
-def _summary(step: PlannedStep, result: dict[str, Any], *, skipped: bool) -> dict[str, Any]:
+def step_summary(step: PlannedStep, result: dict[str, Any], *, skipped: bool) -> dict[str, Any]:
+    """What a pipeline's `result.json` says of a step.
+
+    Args:
+        skipped: it had been finished before.
+    """
     told: dict[str, Any] = {
         key: result[key] for key in ("steps", "train_loss", "eval", "seconds", "error") if key in result
     }
@@ -140,17 +145,30 @@ def _summary(step: PlannedStep, result: dict[str, Any], *, skipped: bool) -> dic
 
 
 def _write(plan: PipelinePlan, results: list[dict[str, Any]], started: float) -> dict[str, Any]:
+    return write_pipeline_result(plan.folder, plan.name, results, started, plan.steps[-1].model)
+
+
+def write_pipeline_result(
+    folder: Path, name: str, results: list[dict[str, Any]], started: float, model: str
+) -> dict[str, Any]:
+    """Replace a pipeline's `result.json`; returns what it holds.
+
+    Args:
+        results: of the steps so far.
+        started: time of day, in seconds.
+        model: the folder that the last step leaves.
+    """
     status = results[-1]["status"]
     whole = {
-        "name": plan.name,
+        "name": name,
         "status": status,
         "steps": sum(result.get("steps", 0) for result in results),
         "pipeline": results,
         "seconds": round(time.time() - started, 2),
-        "model_dir": plan.steps[-1].model if status == "finished" else None,
+        "model_dir": model if status == "finished" else None,
     }
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    partial = plan.folder / "result.partial"
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "result.partial"
     partial.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-    partial.replace(plan.folder / "result.json")
+    partial.replace(folder / "result.json")
     return whole

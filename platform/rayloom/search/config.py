@@ -14,15 +14,16 @@ class SearchConfig(ConfigPart):
     """For `rayloom tune`: trials of this job with other values. `rayloom train` leaves it aside."""
 
     metric: str = Field(min_length=1)
-    """What trials are compared by: a number of the rows of `metrics.jsonl`, such as `eval_loss` or `loss`. What begins
-    with `eval_` needs `data.eval` or `data.held_out`."""
+    """What trials are compared by: a number of the rows of `metrics.jsonl`, such as `eval_loss` or `loss`. Where trials
+    are pipelines, of their last step. What begins with `eval_` needs `data.eval` or `data.held_out`."""
     mode: Literal["min", "max"] = "min"
     """Whether the smallest or the largest value is the best."""
     space: dict[str, Any] = Field(min_length=1)
     """Keys of the job, as an override writes them (`data.train[0].weight`), and what they are drawn from:
     `loguniform(low, high)`, `uniform(low, high)`, `randint(low, high)` with both ends, `choice(a, b)`, `grid(a, b)`.
     Or as a mapping, `{choice: [a, b], when: {method.type: lora}}`: with `when` the key is set only where these keys
-    have these values (a list: one of them)."""
+    have these values (a list: one of them). Of a pipeline a key of one step is `steps.NAME.train.learning_rate`, and a
+    key without a step is one of all steps."""
     samples: Whole = Field(default=10, ge=1)
     """Trials; at least 1. Each combination of `grid` values gets so many. With searcher `grid` it does not count."""
     searcher: Literal["random", "grid", "optuna", "hyperopt"] = "random"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rayloom.config.document import Document
 from rayloom.config.job import JobConfig
-from rayloom.config.read import key_steps, set_key, validate_job
+from rayloom.config.read import dump_job, key_steps, read_job, set_key, validate_job
 from rayloom.errors import RequestError
 from rayloom.search.config import SearchConfig
 from rayloom.search.population import check_population, with_rungs
@@ -41,6 +41,11 @@ class SearchPlan:
         return self.job.run_dir
 
     @property
+    def jobs_each(self) -> int:
+        """How many jobs a trial is."""
+        return 1
+
+    @property
     def trials(self) -> int:
         """How many there will be."""
         return self.search.samples if self.points is None else len(self.points)
@@ -65,12 +70,24 @@ class SearchPlan:
             job = validate_job(document)
             check_parts(job)
         except RequestError as error:
-            shown = ", ".join(f"{key} {value}" for key, value in values.items())
-            raise RequestError(*(f"search.space: with {shown}: {text}" for text in error.messages)) from None
+            raise with_values(values, error) from None
         return job
 
+    def text(self) -> str:
+        """What the search's directory keeps of the request: `job.yaml`."""
+        return dump_job(self.job.model_copy(update={"resume": False, "overwrite": False}))
+
+    def changed_since(self, file: Path) -> list[str]:
+        """Keys of the request that are not as such a file says."""
+        before, now = read_job(file).model_dump(), self.job.model_copy(update={"resume": False}).model_dump()
+        return [key for key in now if now[key] != before[key]]
+
+    def best_text(self, point: Point) -> str:
+        """The file of a job that repeats a trial, outside of the search."""
+        return dump_job(self.best_job(point))
+
     def best_job(self, point: Point) -> JobConfig:
-        """A job that repeats a trial, outside of the search."""
+        """The job of it."""
         job = self._job(f"{self.job.name}-best", point)
         return job.model_copy(update={"output_dir": self.job.output_dir})
 
@@ -80,7 +97,7 @@ class SearchPlan:
         defaults = self.job.model_dump(mode="json")
         values = {}
         for entry in self.entries:
-            if all(_look_up(key, document.data, defaults) in _listed(value) for key, value in entry.when.items()):
+            if all(look_up(key, document.data, defaults) in listed(value) for key, value in entry.when.items()):
                 values[entry.key] = point[entry.key]
                 set_key(document, entry.key, copy.deepcopy(point[entry.key]), f"search.space {entry.key!r}")
         return document, values
@@ -96,33 +113,55 @@ def plan_search(document: Document) -> tuple[SearchPlan, list[JobConfig]]:
     search = job.search
     if search is None:
         raise RequestError(f"{document.name}: there is no search in this job; say search: {{metric: ..., space: ...}}")
-    _check_searched(job, search)
+    check_searched(job, search)
     entries = tuple(search.entries)
     for entry in entries:
-        if str(key_steps(entry.key)[0]) in _NOT_SEARCHED:
-            raise RequestError(f"search.space: {entry.key} is the same in all trials; it cannot be searched")
+        check_key(entry.key, entry.key)
     if search.scheduler == "population":
         check_population(job, search)
     plan = SearchPlan(document, job, search, entries, None)
     corners = list(corner_points(entries))
     jobs = [plan.trial_job(f"{job.name}-corner", point) for point in corners]
     if search.searcher in ("random", "grid"):
-        drawn = points(entries, samples=search.samples, seed=search.seed, whole_grid=search.searcher == "grid")
-        plan = SearchPlan(document, job, search, entries, tuple(_different(plan, drawn, search.searcher == "grid")))
+        plan = SearchPlan(document, job, search, entries, drawn_points(plan))
         jobs += [plan.trial_job(f"{job.name}-trial", point) for point in plan.points or ()]
     if search.scheduler == "population" and plan.trials < 2:
         raise RequestError("search.samples: a population has at least 2 trials, of which one can take over another")
     return plan, jobs
 
 
-def _different(plan: SearchPlan, drawn: Any, leave_out_same: bool) -> Sequence[Point]:
-    """Of a grid's combinations those that make different jobs: a key whose condition does not hold makes none."""
-    if not leave_out_same:
-        return list(drawn)
-    return list({json.dumps(plan.values(point), sort_keys=True): point for point in drawn}.values())
+def drawn_points(plan: SearchPlan) -> tuple[Point, ...]:
+    """What the trials are made with, where no searcher proposes it. Of a grid's combinations those that make different
+    jobs: a key whose condition does not hold makes none."""
+    search = plan.search
+    drawn = points(plan.entries, samples=search.samples, seed=search.seed, whole_grid=search.searcher == "grid")
+    if search.searcher != "grid":
+        return tuple(drawn)
+    return tuple({json.dumps(plan.values(point), sort_keys=True): point for point in drawn}.values())
 
 
-def _check_searched(job: JobConfig, search: SearchConfig) -> None:
+def with_values(values: Point, error: RequestError) -> RequestError:
+    """What is wrong with a trial of these values."""
+    shown = ", ".join(f"{key} {value}" for key, value in values.items())
+    return RequestError(*(f"search.space: with {shown}: {text}" for text in error.messages))
+
+
+def check_key(key: str, of_job: str) -> None:
+    """Refuse a key that is not a trial's own.
+
+    Args:
+        of_job: the key within a job.
+    """
+    if str(key_steps(of_job)[0]) in _NOT_SEARCHED:
+        raise RequestError(f"search.space: {key} is the same in all trials; it cannot be searched")
+
+
+def check_searched(job: JobConfig, search: SearchConfig) -> None:
+    """Refuse what no search can do with a job.
+
+    Raises:
+        RequestError: naming the key and what would be right.
+    """
     faults = []
     if job.output_folder is None:
         faults.append(f"output_dir: a search needs a folder, and {job.output_dir} is an address")
@@ -142,11 +181,12 @@ def _check_searched(job: JobConfig, search: SearchConfig) -> None:
         raise RequestError(*faults)
 
 
-def _listed(value: Any) -> list[Any]:
+def listed(value: Any) -> list[Any]:
+    """What a condition allows."""
     return value if isinstance(value, list) else [value]
 
 
-def _look_up(key: str, *documents: Mapping[str, Any]) -> Any:
+def look_up(key: str, *documents: Mapping[str, Any]) -> Any:
     """The value of a key in the first document that has it; None: in none."""
     for document in documents:
         value: Any = document

@@ -24,8 +24,8 @@ from typing import Any
 from rayloom.collector import collector_off
 from rayloom.config.document import Document
 from rayloom.config.job import JobConfig
-from rayloom.config.read import dump_job, read_job
 from rayloom.errors import JobError, RequestError
+from rayloom.search.pipeline_plan import PipelineSearchPlan, plan_pipeline_search
 from rayloom.search.plan import SearchPlan, plan_search
 from rayloom.search.population import history
 from rayloom.search.results import Ledger, best_trial, read_ledger, trials_left, write_ledger
@@ -58,17 +58,19 @@ def run_search(document: Document, *, verbose: bool = False) -> dict[str, Any]:
     """
     prepare_environment()
     os.environ.update(_ENVIRONMENT)
-    plan, jobs = plan_search(document)
+    plan, jobs = plan_pipeline_search(document) if "steps" in document.data else plan_search(document)
     run = _check_folder(plan)
     with own_ray() as own:
-        plan_data(jobs[0])
-        prepare_eval(jobs[0])
-        with collector_off():
-            check_model_and_method(jobs[0], jobs[0].train.device)
+        for job in jobs[: plan.jobs_each]:
+            plan_data(job)
+            prepare_eval(job)
+            with collector_off():
+                check_model_and_method(job, job.train.device)
         with ray_session(verbose=verbose, own=own):
             at_once = min([_jobs_that_fit(jobs), plan.trials, *filter(None, [plan.search.concurrent])])
             if not plan.job.resume:
                 run = open_run_dir(plan.job, run)
+                (plan.folder / "job.yaml").write_text(plan.text(), encoding="utf-8")
             print(f"{plan.job.name}: {plan.trials} trials, {at_once} at a time, by {plan.search.metric}", flush=True)
             _tune(plan, at_once)
     return _finish(plan, run)
@@ -85,9 +87,7 @@ def _check_folder(plan: SearchPlan) -> RunDir:
         return check_run_dir(job)
     if not (folder / "search.json").exists() and not (folder / TUNE).exists():
         raise RequestError(f"resume: there is no search in {folder}; start without resume=true")
-    before = read_job(folder / "job.yaml").model_dump()
-    now = job.model_copy(update={"resume": False}).model_dump()
-    if changed := [key for key in now if now[key] != before[key]]:
+    if changed := plan.changed_since(folder / "job.yaml"):
         raise RequestError(
             f"resume: {', '.join(changed)} differs from the search's own ({folder / 'job.yaml'}); "
             "it must stay as it was"
@@ -125,6 +125,7 @@ def _tune(plan: SearchPlan, at_once: int) -> None:
     from rayloom.search.algorithms import scheduler_of, searcher_of, space_of
     from rayloom.search.ledger import LedgerWriter, StopWhenRefused
     from rayloom.search.member import MemberRun
+    from rayloom.search.pipeline_trial import PipelineTrialRun
     from rayloom.search.trial import TrialRun, TrialTask
     from rayloom.search.turns import start_turns
     from rayloom.train.monitor import start_monitor
@@ -136,12 +137,11 @@ def _tune(plan: SearchPlan, at_once: int) -> None:
     monitor = start_monitor()
     is_population = plan.search.scheduler == "population"
     turns = start_turns(plan.folder, at_once) if is_population else None
+    kind = PipelineTrialRun if isinstance(plan, PipelineSearchPlan) else MemberRun if is_population else TrialRun
     task = TrialTask(plan, at_once, str(Path.cwd()), monitor, turns)
     # On this very node, and of next to nothing: a trial's own workers take what they need.
     here = {f"node:{ray.util.get_node_ip_address()}": _DRIVER_SHARE, "CPU": 0}
-    trainable = tune.with_resources(
-        tune.with_parameters(MemberRun if is_population else TrialRun, task=task), tune.PlacementGroupFactory([here])
-    )
+    trainable = tune.with_resources(tune.with_parameters(kind, task=task), tune.PlacementGroupFactory([here]))
     state = str(plan.folder / TUNE)
 
     def stop(name: str) -> None:
@@ -214,7 +214,7 @@ def _finish(plan: SearchPlan, run: RunDir) -> dict[str, Any]:
     ledger["best"] = best and best["name"]
     write_ledger(plan.folder, ledger)
     if best is not None:
-        text = dump_job(plan.best_job(best["point"]))
+        text = plan.best_text(best["point"])
         (plan.folder / "best.yaml").write_text(f"{_heading(ledger, best)}\n{text}", encoding="utf-8")
         draw(ledger, plan.folder / "search.png")
     if left := trials_left(ledger, plan.trials):
