@@ -20,7 +20,8 @@ class OwnSettings(transformers.TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """The model is wrapped for training, and the checkpoint is loaded."""
-        for group, decay in zip(optimizer.param_groups, self._decays, strict=True):
+        groups = optimizer.param_groups
+        for group, decay in zip(groups, self._decays, strict=True) if len(groups) == len(self._decays) else ():
             if decay is not None:
                 group["weight_decay"] = decay
         sharded = getattr(optimizer, "optimizer", None)
