@@ -110,12 +110,13 @@ def with_changes(document: Document, changes: Iterable[Change]) -> Document:
     """
     owns = _owns(document)
     top = {key: copy.deepcopy(value) for key, value in document.data.items() if key != "steps"}
-    shared = Document(document.name, top, {key: at for key, at in document.places.items() if key[0] != "steps"})
+    shared = Document(document.name, top, {key: at for key, at in document.places.items() if key[:1] != ("steps",)})
     for key, value, place in changes:
         _apply(key, value, place, shared, owns)
     places = dict(shared.places)
     for number, own in enumerate(owns):
-        places |= {("steps", number): own.name} | {("steps", number, *key): at for key, at in own.places.items()}
+        places["steps", number] = own.name
+        places.update({("steps", number, *key): at for key, at in own.places.items()})
     whole = Document(document.name, {**shared.data, "steps": [own.data for own in owns]}, places)
     if ("steps",) in document.places:
         whole.places[("steps",)] = document.places[("steps",)]

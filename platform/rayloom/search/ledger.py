@@ -15,7 +15,7 @@ from rayloom.search.gauges import show_search
 from rayloom.search.member import NUMBER, RUNG
 from rayloom.search.plan import TRIALS, SearchPlan
 from rayloom.search.population import next_rung, rungs_of, taken_over, told
-from rayloom.search.results import FAILED, FINISHED, STOPPED, read_ledger, write_ledger
+from rayloom.search.results import FAILED, FINISHED, STOPPED, Ledger, read_ledger, write_ledger
 from rayloom.search.takeover import decide, forget_pins
 from rayloom.search.trial import ENDED, PAUSED, PERCENT, REFUSED, point_of
 from rayloom.search.turns import give_for
@@ -54,7 +54,8 @@ class LedgerWriter(tune.Callback):
     def setup(self, *args: Any, **info: Any) -> None:
         """Begin, or go on with what a search that was killed had written."""
         plan = self._plan
-        head = {"name": plan.job.name, "metric": plan.search.metric, "mode": plan.search.mode, "best": None}
+        search = plan.search
+        head: Ledger = {"name": plan.job.name, "metric": search.metric, "mode": search.mode, "best": None}
         if self._is_population:
             head |= {"decided": 0, "exploits": []}
         self._ledger = head | read_ledger(plan.folder)
@@ -150,7 +151,7 @@ class LedgerWriter(tune.Callback):
             if record["name"] == str(trial):
                 found: dict[str, Any] = record
                 return found
-        record = {"name": str(trial), "status": "running", "value": None, "step": 0, "progress": 0.0}
+        record: Ledger = {"name": str(trial), "status": "running", "value": None, "step": 0, "progress": 0.0}
         if self._is_population:
             record |= {"passed": 0, "rungs": {}}
         self._ledger["trials"].append(record)

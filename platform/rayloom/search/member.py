@@ -93,9 +93,9 @@ class MemberRun(TrialRun):
         take_over(self._run_dir, ledger)
         self._number = number = len(taken_over(ledger, self.trial_name))
         pins = pins_folder(plan.folder, self.trial_name, number)
-        for folder in pins.parent.iterdir() if pins.parent.exists() else ():
+        for folder in pins.parent.glob("*"):
             if folder != pins:  # of what the trial has dropped
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=True)
         self._halt = threading.Event()
         if self._stop.is_set():
             self._halt.set()
@@ -125,7 +125,8 @@ class MemberRun(TrialRun):
         if int(pin.name) <= self._record(self._ledger).get("passed", 0):
             return  # an attempt before this one has told it, and the pin may be deleted at any time
         complete(pin, self._run_dir)
-        metric, row = Metric(self._metric.name), None
+        metric = Metric(self._metric.name)
+        row: dict[str, Any] | None = None
         for seen in read_rows(pin / METRICS):
             if (value := metric.read(seen)) is not None:
                 row = {metric.name: value, "step": seen["step"], PERCENT: 100 * seen["progress"]}

@@ -59,7 +59,8 @@ def give_for(search: Path, trial: str) -> None:
     import ray
 
     with suppress(ValueError):  # there is none: every trial trains at the same time
-        ray.get_actor(_name(search)).give.remote(trial)
+        actor: Any = ray.get_actor(_name(search))
+        actor.give.remote(trial)
 
 
 def _name(search: Path) -> str:

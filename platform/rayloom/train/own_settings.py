@@ -21,9 +21,10 @@ class OwnSettings(transformers.TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """The model is wrapped for training, and the checkpoint is loaded."""
         groups = optimizer.param_groups
-        for group, decay in zip(groups, self._decays, strict=True) if len(groups) == len(self._decays) else ():
-            if decay is not None:
-                group["weight_decay"] = decay
+        if len(groups) == len(self._decays):  # else DeepSpeed has split them
+            for group, decay in zip(groups, self._decays, strict=True):
+                if decay is not None:
+                    group["weight_decay"] = decay
         sharded = getattr(optimizer, "optimizer", None)
         if hasattr(sharded, "clip_grad"):  # of ZeRO
             sharded.clip_grad = args.max_grad_norm

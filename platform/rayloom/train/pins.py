@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from rayloom.train.checkpoints import SNAPSHOT, step_of
 
@@ -90,9 +91,11 @@ def _link(source: str, target: str) -> None:
 
 def _only(snapshot: str, name: str) -> str:
     """Ray Train's list with one of its checkpoints."""
-    whole = json.loads(snapshot)
+    whole: dict[str, Any] = json.loads(snapshot)
     results = zip(whole["checkpoint_results"], whole["checkpoint_report_indices"], strict=True)
     [(result, index)] = [(one, at) for one, at in results if one["checkpoint_dir_name"] == name]
-    empty = {key: [] for key in whole if key.startswith("pending_") or key.endswith("_checkpoint_dir_names")}
+    empty: dict[str, Any] = {
+        key: [] for key in whole if key.startswith("pending_") or key.endswith("_checkpoint_dir_names")
+    }
     own = {"checkpoint_results": [result], "checkpoint_report_indices": [index], "latest_checkpoint_result": result}
     return json.dumps({**whole, **empty, **own})
