@@ -1,11 +1,11 @@
 """Checkpoints that a host needs for longer than the run keeps them.
 
-A pin is a folder with a checkpoint of its own, of hard links where the storage has them, so that the run may delete its
-checkpoint at any time; and with what else a run directory must hold, for a run to go on from there:
+<folder>/<number>/checkpoints/step-00000020/       the checkpoint
+                  checkpoints/...snapshot.json     Ray Train's list, with this one alone
+                  metrics.jsonl  manifest.jsonl  data.json     up to its step
 
-<folder>/<number>/checkpoints/step-00000020/     the checkpoint
-                  checkpoints/...snapshot.json   Ray Train's list, with this one alone
-                  metrics.jsonl  manifest.jsonl  data.json    up to its step; their being there makes the pin whole
+A pin has its checkpoint as hard links, where the storage has them, so that the run may delete its own at any time; and
+what else a run directory must hold, for a run to go on from there.
 """
 
 from __future__ import annotations
