@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayloom.train.guard import GradientGuard, all_finite
+from rayloom.train.guard import GradientGuard, all_finite, bad_step
 
 
 @given(st.lists(st.floats(width=32), min_size=1, max_size=6), st.sampled_from([torch.float32, torch.bfloat16]))
@@ -30,3 +30,12 @@ def test_no_step_is_made(bad):
         assert torch.equal(weight, before) == (gradient != 1.0)  # nor does it decay
     assert met == [1]
     assert optimizer.state[other]["step"] == 1
+
+
+def test_the_rows_are_named():
+    text = bad_step(8, "the loss is nan", 1, [f"rows 0:{number}" for number in range(40)], (7, 2.3456))
+    assert text.startswith(
+        "step 8: the loss is nan on rank 1, and no step was made with it; the gradient's norm was 2.35"
+    )
+    assert "rows 0:31 and 8 more. Lower train.learning_rate" in text
+    assert "no step was logged yet. The rows" in bad_step(1, "the loss is nan", 0, ["rows 0:1"], (0, None))

@@ -1,4 +1,4 @@
-"""Where the time of the steps goes."""
+"""Where the time of the steps goes, and what a row of metrics says of it."""
 
 from __future__ import annotations
 
@@ -60,3 +60,39 @@ class StepClock(transformers.TrainerCallback):
         means = {name: seconds / max(1, steps) for name, seconds in self._seconds.items()}
         self._seconds = dict.fromkeys(PARTS, 0.0)
         return means
+
+
+class RowClock:
+    """The time from one row of metrics to the next, and how fast the training was in it."""
+
+    def __init__(self, parts: StepClock) -> None:
+        self._parts = parts
+        self._before: tuple[float, int, int] | None = None  # time, tokens and step of the row before
+
+    def start(self, tokens: int, step: int) -> None:
+        """The training begins at this step, with so many tokens behind it; later calls change nothing."""
+        if self._before is None:
+            self._parts.read(1)
+            self._before = (time.perf_counter(), tokens, step)
+
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """What runs inside takes none of the training's time."""
+        started = time.perf_counter()
+        yield
+        if self._before is not None:
+            then, tokens, step = self._before
+            self._before = (then + time.perf_counter() - started, tokens, step)
+
+    def read(self, tokens: int, step: int) -> dict[str, Any]:
+        """`tokens_per_second`, `data_wait` (a share of the time) and `step_seconds` by part, since the row before."""
+        assert self._before is not None  # started before the first step
+        now, (then, tokens_before, step_before) = time.perf_counter(), self._before
+        self._before = (now, tokens, step)
+        steps = step - step_before
+        seconds = self._parts.read(steps)
+        return {
+            "tokens_per_second": (tokens - tokens_before) / (now - then),
+            "data_wait": seconds["data"] * steps / (now - then),
+            "step_seconds": seconds,
+        }

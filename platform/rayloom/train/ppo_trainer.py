@@ -129,7 +129,7 @@ class PpoTrainer(HeadTrainer):
             if self._reader.rest is not None:
                 self._reader.rest.add_to(self.meter)
             return False
-        self._start_log_clock()
+        self._row_clock.start(self.meter.tokens, self.state.global_step)
         assert taken.count is not None  # it is a round of the training
         taken.count.add_to(self.meter)
         self._taken = [(answer.asked.set, answer.asked.row) for answer in taken.answers or []]

@@ -12,7 +12,6 @@ What is overridden, and why:
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -33,18 +32,16 @@ from rayloom.remote import Remote
 from rayloom.train.batch import Batch, TrainedPositions, make_batch
 from rayloom.train.best import BestRule
 from rayloom.train.checkpoints import CheckpointWriter
-from rayloom.train.clock import StepClock
+from rayloom.train.clock import RowClock, StepClock
 from rayloom.train.config import TrainConfig
 from rayloom.train.evaluate import evaluate
 from rayloom.train.frozen_head import FrozenHeadLoss
-from rayloom.train.guard import GradientGuard
+from rayloom.train.guard import GradientGuard, bad_step
 from rayloom.train.meter import BatchCount, StepCount, StreamMeter
 from rayloom.train.monitor import answer
 from rayloom.train.own_settings import OwnSettings
 from rayloom.train.reshard import fitting_checkpoint
 from rayloom.train.schedule import ProgressSchedule, learning_rate_factor
-
-_NAMED = 32  # rows that a message names at most
 
 
 class _WhenWrapped(transformers.TrainerCallback):
@@ -93,8 +90,8 @@ class StreamTrainer(transformers.Trainer):
         self._eval_names = eval_names
         self._trained_positions = TrainedPositions(kw["model"], skip=virtual_tokens(kw["model"]))
         self._saved_step = -1
-        self._log_clock: tuple[float, int, int] | None = None  # time, tokens and step of the row before
         self._clock = StepClock()
+        self._row_clock = RowClock(self._clock)
         self.add_callback(self._clock)
         self._taken: list[tuple[int, int]] = []  # set and row of this rank's examples in the step
         self._grad_norm: tuple[int, float | None] = (0, None)  # the step that was logged last, and its gradient's norm
@@ -132,7 +129,7 @@ class StreamTrainer(transformers.Trainer):
                 self.stopped = step.stop
                 self._end()
                 return [], None
-            self._start_log_clock()
+            self._row_clock.start(self.meter.tokens, self.state.global_step)
             step.add_to(self.meter)
             self._taken = list(count.names)
             if self._manifest:
@@ -146,12 +143,6 @@ class StreamTrainer(transformers.Trainer):
         middle = (before + self._progress(1)) / 2
         self._schedule.set(learning_rate_factor(middle, self._settings.scheduler, self._settings.warmup))
         return batches, torch.tensor(self._items(step), device=device)
-
-    def _start_log_clock(self) -> None:
-        """From the first step of this process on."""
-        if self._log_clock is None:
-            self._clock.read(1)
-            self._log_clock = (time.perf_counter(), self.meter.tokens, self.state.global_step)
 
     def _batch(self, table: pa.Table) -> Batch:
         """What the model is called with, and `positions`, for some rows of the stream."""
@@ -212,16 +203,8 @@ class StreamTrainer(transformers.Trainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _not_finite(self, what: str) -> str:
-        """Why the job ends before such a step has spoilt the weights, and where to look."""
         rows = [f"{self._set_names[number]} {row_name(row)}" for number, row in self._taken]
-        step, norm = self._grad_norm
-        before = f"the gradient's norm was {norm:.3g} at step {step}" if norm is not None else "no step was logged yet"
-        more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
-        return (
-            f"step {self.state.global_step + 1}: {what} on rank {self.args.process_index}, and no step was "
-            f"made with it; {before}. The rows of this rank's batch (chunk:row): {', '.join(rows[:_NAMED])}{more}. "
-            "Lower train.learning_rate, compute in bf16 or fp32, or look at these rows"
-        )
+        return bad_step(self.state.global_step + 1, what, self.args.process_index, rows, self._grad_norm)
 
     # --- evaluation ------------------------------------------------------------------------------------------------
 
@@ -234,15 +217,12 @@ class StreamTrainer(transformers.Trainer):
         """Evaluate on this rank's rows of the evaluation stream and post a row of metrics to the driver."""
         if self._evaluated is not None and self._evaluated[0] == self.state.global_step:
             return self._evaluated[1]  # the last step's evaluation is the training's
-        started = time.perf_counter()
-        self._use_averages()
-        metrics = self._eval_metrics(self._eval_tables)
-        row = {"step": self.state.global_step, "epoch": self.meter.epochs_done, "progress": self._progress(), **metrics}
-        if self.is_world_process_zero():
-            answer(self._monitor.post.remote({"kind": "metrics", "row": row}), "rank 0")
-        if self._log_clock is not None:  # the time is not the training's
-            then, tokens, step = self._log_clock
-            self._log_clock = (then + time.perf_counter() - started, tokens, step)
+        with self._row_clock.left_out():
+            self._use_averages()
+            metrics = self._eval_metrics(self._eval_tables)
+            row = {"step": self.state.global_step, "epoch": self.meter.epochs_done, "progress": self._progress()}
+            if self.is_world_process_zero():
+                answer(self._monitor.post.remote({"kind": "metrics", "row": {**row, **metrics}}), "rank 0")
         self._evaluated = (self.state.global_step, metrics)
         if self._best is not None:
             self._compare(self._best, metrics)
@@ -337,11 +317,6 @@ class StreamTrainer(transformers.Trainer):
         """Post a row of metrics to the driver."""
         if "loss" not in logs:  # transformers' closing summary; `result.json` says it better
             return
-        assert self._log_clock is not None
-        now, (then, tokens, step) = time.perf_counter(), self._log_clock
-        self._log_clock = (now, self.meter.tokens, self.state.global_step)
-        steps = self.state.global_step - step
-        seconds = self._clock.read(steps)
         row: dict[str, Any] = {
             "step": self.state.global_step,
             "epoch": self.meter.epochs_done,
@@ -350,9 +325,7 @@ class StreamTrainer(transformers.Trainer):
             "learning_rate": logs["learning_rate"],
             # A layer-wise optimizer takes each gradient as it comes and leaves none to measure.
             "grad_norm": None if self._optimizer_config.type.endswith("layerwise") else logs.get("grad_norm"),
-            "tokens_per_second": (self.meter.tokens - tokens) / (now - then),
-            "data_wait": seconds["data"] * steps / (now - then),
-            "step_seconds": seconds,
+            **self._row_clock.read(self.meter.tokens, self.state.global_step),
             "tokens": self.meter.tokens,
             "examples_seen": sum(self.meter.examples),
             "examples": dict(zip(self._set_names, self.meter.examples, strict=True)),
