@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import ray
 import yaml
+from tests.ray.machines import Machine, wait_for_nodes
 from tests.ray.small_jobs import job, write_rows
-from tests.ray.test_machines import Machine, machine, wait_for_nodes
+from tests.ray.test_machines import machine
 
 from rayloom.jobs.client import connect, follow_logs, job_status, list_jobs
 from rayloom.jobs.local_head import LocalHead
