@@ -29,3 +29,10 @@ def test_rank_0_is_found_at_a_free_port():
     address, port = _free_address()
     with socket.socket() as own:
         own.bind((address, port))  # nobody holds it
+
+
+def test_the_interface_of_an_address():
+    from rayloom.train.data_parallel import _interface_of
+
+    assert _interface_of("127.0.0.1") == "lo"
+    assert _interface_of("198.18.73.1") is None  # of a range that is set aside for tests

@@ -140,6 +140,10 @@ def _join(address: str, port: int, collectives: str, *, timeout_seconds: int) ->
         "NODE_RANK": str(context.get_node_rank()),
         "ACCELERATE_TORCH_DEVICE": str(device),
     }
+    is_spread = context.get_local_world_size() < context.get_world_size()
+    if collectives == "gloo" and is_spread and (interface := _interface_of(ray.util.get_node_ip_address())):
+        # Else gloo takes the interface that the machine's name leads to, which on Debian is the loopback.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     if collectives == "nccl":
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # else a hung peer is waited for without end
         torch.cuda.set_device(device)
@@ -150,6 +154,16 @@ def _join(address: str, port: int, collectives: str, *, timeout_seconds: int) ->
         world_size=context.get_world_size(),
         timeout=timedelta(seconds=timeout_seconds),
     )
+
+
+def _interface_of(address: str) -> str | None:
+    """The network interface by which Ray reaches this machine; None where the address is not its own but a router's."""
+    import psutil  # type: ignore[import-untyped]
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.address.partition("%")[0] == address for one in addresses):
+            return str(name)
+    return None
 
 
 def _leave() -> None:
