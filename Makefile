@@ -3,7 +3,7 @@
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-models test-ray test-engine test-slow test-tokenizers bench bench-data bench-memory bench-ppo bench-preference bench-train matrix techniques lint format clean
+.PHONY: help setup demo test test-unit test-models test-ray test-engine test-slow test-tokenizers test-api-server bench bench-data bench-memory bench-ppo bench-preference bench-train matrix techniques lint format clean
 # Checks go from quick to slow, and two test runs at once would starve each other.
 .NOTPARALLEL:
 
@@ -35,6 +35,9 @@ test-slow: setup ## tests on Ray that start the workers several times, kill them
 
 test-tokenizers: setup ## chat templates and cuts with ten real tokenizers (downloads 77 MB once)
 	$(RUN) bash tests/real_tokenizers.sh
+
+test-api-server: setup ## the manifests and a real API server, built once from Debian's sources: CRDS=FOLDER of KubeRay's CRDs
+	$(RUN) bash tests/api_server.sh "$(CRDS)"
 
 matrix: setup ## every causal model type of transformers: train, save, load, merge; writes tests/matrix/matrix.md (five minutes)
 	$(RUN) PYTHONPATH=. OMP_NUM_THREADS=1 .venv/bin/python tests/matrix/run_matrix.py
