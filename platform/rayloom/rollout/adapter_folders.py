@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rayloom.errors import RequestError
 
 _MEMORY = Path("/dev/shm")
-_CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
-
-
+_PREFIX = "rayloom-engine-"
+_CONFIG, _TENSORS, _LOCK = "adapter_config.json", "adapter_model.safetensors", "lock"
+_SPARE = 2**25  # Ray's object store is in the same memory
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -31,26 +33,66 @@ def adapter_rank_limit(rank: int) -> int:
 
 
 class AdapterFolders:
-    """The folders of one engine; gone after `close`."""
+    """The folders of one engine, written by its own process on its own node; gone after `close`. What a killed process
+    leaves behind, the next `sweep` on that node removes: it can be told by a lock that nobody holds any more.
 
-    def __init__(self) -> None:
-        self._root = Path(tempfile.mkdtemp(prefix="rayloom-adapters-", dir=_MEMORY if _MEMORY.is_dir() else None))
+    Args:
+        spare: bytes that must stay free in memory; where they would not, a folder comes onto the disk.
+    """
+
+    def __init__(self, *, spare: int = _SPARE) -> None:
+        sweep()
+        self._spare = spare
+        self._owned = [_owned_folder(place) for place in _places()]
 
     def write(self, name: str, file: Any, config: Mapping[str, Any] | None) -> Path:
         """A new folder of this name, as PEFT would save it.
 
         Args:
             file: the tensors (`pack`).
+            config: the adapter's; None: the tensors are no adapter's.
         """
-        folder = self._root / name
+        *in_memory, on_disk = (root for root, _ in self._owned)
+        need = len(file) + self._spare
+        folder = next((root for root in in_memory if shutil.disk_usage(root).free >= need), on_disk) / name
         folder.mkdir()
         (folder / _TENSORS).write_bytes(file)
-        (folder / _CONFIG).write_text(json.dumps(config), encoding="utf-8")
+        if config is not None:
+            (folder / _CONFIG).write_text(json.dumps(config), encoding="utf-8")
         return folder
 
     def close(self) -> None:
         """Remove all."""
-        shutil.rmtree(self._root, ignore_errors=True)
+        for root, lock in self._owned:
+            shutil.rmtree(root, ignore_errors=True)
+            lock.close()
+        self._owned = []
+
+
+def sweep() -> None:
+    """Remove the folders on this node whose engine is gone."""
+    for place in _places():
+        for root in place.glob(f"{_PREFIX}*"):
+            try:
+                with (root / _LOCK).open("r+b") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(root, ignore_errors=True)
+            except OSError:  # its engine is there, it is another user's, or another process has just removed it
+                continue
+
+
+def _places() -> list[Path]:
+    """Where folders may be: in memory, where the system offers that, and on the disk."""
+    memory = [_MEMORY] if os.access(_MEMORY, os.W_OK) else []
+    return [*memory, Path(tempfile.gettempdir())]
+
+
+def _owned_folder(place: Path) -> tuple[Path, IO[bytes]]:
+    """A folder, and the lock on it. It gets the name that `sweep` looks for only once it is locked."""
+    made = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=place))
+    lock = (made / _LOCK).open("wb")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return made.rename(made.with_name(made.name.removeprefix("."))), lock
 
 
 def pack(tensors: Mapping[str, Any]) -> Any:
