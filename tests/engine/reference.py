@@ -39,6 +39,16 @@ def adapted(folder: Path, seed: int, rank: int = 4) -> PeftModel:
     return model.eval()
 
 
+def noisy(folder: Path, seed: int) -> Any:
+    """The model with all weights changed a little."""
+    model = base(folder)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model
+
+
 def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
     """As PEFT saves them."""
     return {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(model).items()}

@@ -18,6 +18,7 @@ from tests.engine.reference import (
     full_weights,
     greedy,
     log_probs,
+    noisy,
     prompts,
 )
 
@@ -182,16 +183,10 @@ def test_a_rank_above_the_engines_limit_is_refused() -> None:
 
 def test_whole_weights(tiny_model: Path, tmp_path: Path) -> None:
     """An engine of its own: one with adapters does not take whole weights."""
-    import torch
-
     engine = VllmEngine(EngineOptions(str(tiny_model), "fp32", 256, kv_cache_gib=0.25))
     try:
         for version in (1, 2):
-            model = base(tiny_model)
-            generator = torch.Generator().manual_seed(version)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+            model = noisy(tiny_model, version)
             weights, tensors = full_weights(model, version)
             engine.take(weights, tensors)
             probe = engine.probe(PROBE)
@@ -199,5 +194,29 @@ def test_whole_weights(tiny_model: Path, tmp_path: Path) -> None:
             assert agrees(model, probe)
             (rollout,) = engine.generate(prompts(1), GREEDY)
             assert rollout.token_ids == greedy(model, prompts(1)[0].token_ids, 12, engine.stop_token_ids)
+    finally:
+        engine.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adapter", "full"])
+def test_an_engine_of_two_processes_takes_weights_and_tells_which(tiny_model: Path, kind: str) -> None:
+    """What tensor parallelism needs, which here is on CPU: vLLM's workers are processes of their own."""
+    rank = 4 if kind == "adapter" else None
+    options = EngineOptions(str(tiny_model), "fp32", 256, adapter_rank=rank, kv_cache_gib=0.25, tensor_parallel=2)
+    engine = VllmEngine(options)
+    try:
+        for version in (1, 2):
+            model: Any = adapted(tiny_model, version) if kind == "adapter" else noisy(tiny_model, version)
+            weights, tensors = (adapter_weights if kind == "adapter" else full_weights)(model, version)
+            engine.take(weights, pack(tensors) if kind == "adapter" else tensors)
+            probe = engine.probe(PROBE)
+            assert difference(weights, probe) is None
+            assert agrees(model, probe)
+            lost = sorted(tensors)[0]
+            some = {name: tensor for name, tensor in tensors.items() if name != lost}
+            if kind == "full":
+                engine.take(weights, some)
+                assert difference(weights, engine.probe(PROBE)) is not None
     finally:
         engine.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import xxhash
@@ -25,6 +25,12 @@ class Digest:
         self._hash.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         self._hash.update(data)
         self.count += 1
+
+    def of_those_read(self, tensors: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        """Hand tensors on, and add those that are asked for."""
+        for name in sorted(tensors):
+            self.add(name, tensors[name])
+            yield name, tensors[name]
 
     def __str__(self) -> str:
         return self._hash.hexdigest()

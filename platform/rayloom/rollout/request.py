@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rayloom.errors import RequestError
 from rayloom.rollout.digest import digest_of
 
 BLOCK = 32
@@ -33,6 +35,19 @@ class EngineOptions:
     """Tokens that end an answer, besides those that the model's folder names."""
     seed: int = 0
     trust_remote_code: bool = False
+
+    def check_lengths(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+        """Refuse a prompt that with its answer is longer than an engine takes.
+
+        Raises:
+            RequestError: there is one.
+        """
+        longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
+        if longest + sampling.max_tokens > self.max_length:
+            raise RequestError(
+                f"rollout.max_tokens: {sampling.max_tokens}: with a prompt of {longest} tokens it passes the engines' "
+                f"length of {self.max_length}"
+            )
 
 
 @dataclass(frozen=True)

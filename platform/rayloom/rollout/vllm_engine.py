@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rayloom.errors import JobError, RequestError, first_line
 from rayloom.models.source import model_folder
-from rayloom.rollout.adapter_folders import AdapterFolders, adapter_rank_limit, stored_tensors
+from rayloom.rollout.adapter_folders import AdapterFolders, adapter_rank_limit, pack, stored_tensors
 from rayloom.rollout.digest import Digest, digest_of
 from rayloom.rollout.one_adapter import use_one_adapter
 from rayloom.rollout.request import BLOCK, PROBE_CHOICES, EngineOptions, Probe, Prompt, Rollout, Sampling, Weights
@@ -75,11 +75,12 @@ class VllmEngine:
             use_one_adapter()
             arguments |= {"kv_cache_memory_bytes": int(options.kv_cache_gib * 2**30), "block_size": BLOCK}
         else:
-            arguments |= {"gpu_memory_utilization": options.gpu_memory, "tensor_parallel_size": options.tensor_parallel}
+            arguments["gpu_memory_utilization"] = options.gpu_memory
         self._llm: Any = vllm.LLM(
             model=model_folder(options.model),
             dtype=_TYPES[options.precision],
             max_model_len=max(options.max_length, 2 * BLOCK),  # probes fit too
+            tensor_parallel_size=options.tensor_parallel,
             enforce_eager=options.device == "cpu",
             enable_prefix_caching=True,
             logprobs_mode="processed_logprobs",
@@ -113,12 +114,7 @@ class VllmEngine:
         """
         if self._version is None:
             raise JobError(f"engine {self._number} was asked before it had any weights")
-        longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
-        if longest + sampling.max_tokens > self._options.max_length:
-            raise RequestError(
-                f"rollout.max_tokens: {sampling.max_tokens}: with a prompt of {longest} tokens it passes the engines' "
-                f"length of {self._options.max_length}"
-            )
+        self._options.check_lengths(prompts, sampling)
         asked = [(prompt, sample) for prompt in prompts for sample in range(prompt.samples)]
         outputs = self._ask(
             [prompt.token_ids for prompt, _ in asked],
@@ -148,12 +144,7 @@ class VllmEngine:
         else:
             self._drop_adapter(self._adapter)
             self._adapter = None
-            digest = Digest()
-            if weights.kind == "full":
-                self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": _read(tensors, digest)})
-                if self._options.device == "cpu":
-                    self._llm.collective_rpc(_pack_head)
-            self._loaded = (digest.count, str(digest))
+            self._loaded = self._take_whole(tensors) if weights.kind == "full" else (0, digest_of({}))
             self._llm.reset_prefix_cache()  # its keys do not say of which weights they are
         self._version, self._new = weights.version, True
 
@@ -207,6 +198,17 @@ class VllmEngine:
         self._drop_adapter(self._adapter)
         self._adapter = new
 
+    def _take_whole(self, tensors: Mapping[str, Any]) -> tuple[int, str]:
+        """How many tensors of the whole model were read, and their digest: of several workers the worst. These are
+        processes of their own, to which vLLM can send a path, and no tensors."""
+        source = tensors
+        if self._options.tensor_parallel > 1:
+            source = str(self._folders.write(f"whole-{self._serial}", pack(tensors), None))
+        read: tuple[int, str] = min(self._llm.collective_rpc(_reload, args=(source,)))
+        if isinstance(source, str):
+            shutil.rmtree(source)
+        return read
+
     def _drop_adapter(self, adapter: Any) -> None:
         if adapter is not None:
             self._llm.llm_engine.remove_lora(adapter.lora_int_id)
@@ -241,19 +243,18 @@ def _log_probs(answer: Any) -> tuple[float, ...]:
     return tuple(step[token].logprob for token, step in zip(answer.token_ids, answer.logprobs, strict=True))
 
 
-def _read(tensors: Mapping[str, Any], digest: Digest) -> Iterator[tuple[str, Any]]:
-    """Hand tensors to the model, and keep account of those that it asks for."""
-    for name in sorted(tensors):
-        digest.add(name, tensors[name])
-        yield name, tensors[name]
+def _reload(worker: Any, source: Mapping[str, Any] | str) -> tuple[int, str]:
+    """Runs in vLLM's worker: hand tensors, or those of a folder, to the model, and keep account of those that it asks
+    for."""
+    tensors = stored_tensors(source) if isinstance(source, str) else source
+    digest = Digest()
+    worker.reload_weights(weights_iterator=digest.of_those_read(tensors))
+    if worker.device.type == "cpu":
+        # An output layer that shares the embeddings' weights has a packed copy, which is left as it was.
+        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
-
-def _pack_head(worker: Any) -> None:
-    """Runs in vLLM's worker: on CPU an output layer that shares the embeddings' weights has a packed copy of them,
-    which `reload_weights` leaves as it was."""
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-
-    dispatch_cpu_unquantized_gemm(worker.model_runner.get_model().lm_head, remove_weight=False)
+        dispatch_cpu_unquantized_gemm(worker.model_runner.get_model().lm_head, remove_weight=False)
+    return digest.count, str(digest)
 
 
 def _held(worker: Any, number: int, folder: str) -> tuple[int, str]:
