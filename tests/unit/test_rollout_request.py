@@ -12,6 +12,7 @@ from safetensors import safe_open
 from rayloom.rollout.adapter_folders import pack, stored_tensors
 from rayloom.rollout.config import RolloutConfig
 from rayloom.rollout.digest import Digest, digest_of
+from rayloom.rollout.fleet import patience_of
 from rayloom.rollout.members import Members
 from rayloom.rollout.request import BLOCK, EngineOptions, Probe, Weights, difference, probe_prompt
 
@@ -96,3 +97,10 @@ def test_a_probes_prompt_fills_a_block_of_the_cache(length: int) -> None:
     prompt = probe_prompt(tuple(range(length)))
     assert len(prompt) == BLOCK + 1
     assert prompt[:length] == tuple(range(length))[: BLOCK + 1]
+
+
+def test_a_fleet_is_lost_only_after_all_that_may_stand_before_a_call() -> None:
+    config = RolloutConfig(max_staleness=16, generate_timeout=100, start_timeout=10, sync_timeout=1, max_restarts=0)
+    # Seventeen rounds, each with its wait for the last rank and its answers, then the sync itself.
+    assert patience_of(config) > 17 * 2 * 100 + 1
+    assert patience_of(config.model_copy(update={"max_restarts": 2})) >= patience_of(config) + 2 * (100 + 10 + 1)

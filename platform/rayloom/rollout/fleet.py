@@ -312,6 +312,14 @@ class FleetClient:
             raise JobError(f"the fleet's coordinator died; {what} did not come: {first_line(error)}") from None
 
 
+def patience_of(config: RolloutConfig) -> float:
+    """Seconds in which a fleet does, or gives up, all that may stand before one call: rounds that were asked for ahead,
+    each with its wait for the last rank and its answers, and every restart."""
+    rounds = (config.max_staleness + 1) * 2 * config.generate_timeout
+    restarts = (config.max_restarts + 1) * (config.generate_timeout + config.start_timeout + config.sync_timeout)
+    return rounds + restarts + config.sync_timeout + _WORD_SECONDS
+
+
 def start_fleet(config: RolloutConfig, options: EngineOptions, probe_prompt: Sequence[int]) -> FleetClient:
     """Start the engines, on a cluster that this process is connected to, and wait until all are there. They serve
     nothing before the first `sync`.
@@ -330,8 +338,7 @@ def start_fleet(config: RolloutConfig, options: EngineOptions, probe_prompt: Seq
     fleet = remote(num_cpus=0, max_concurrency=1000, scheduling_strategy=here)(Fleet).remote(
         config, options, tuple(probe_prompt)
     )
-    tries = config.max_restarts + 2
-    patience = tries * (config.generate_timeout + config.start_timeout + config.sync_timeout) + 60
+    patience = patience_of(config)
     client = FleetClient(fleet, patience, tuple(probe_prompt), ())
     try:
         ends = client._get(fleet.start.remote(), "the engines", 2 * config.start_timeout + 120)

@@ -16,6 +16,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from rayloom.errors import JobError, RequestError, first_line
+from rayloom.rollout.adapter_folders import sweep
 from rayloom.rollout.config import RolloutConfig
 from rayloom.rollout.engine import Engine
 from rayloom.rollout.health import Health, State
@@ -29,6 +30,10 @@ _SAME = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.05}
 
 class LostError(Exception):
     """An engine is dead, or did not answer in time. The message says which, and what was asked of it."""
+
+
+class GoneError(JobError):
+    """Whole weights are gone with the trainer that sent them: nobody else has a copy."""
 
 
 class Member:
@@ -57,6 +62,7 @@ class Member:
 
         Raises:
             LostError: it died, or the time is over.
+            GoneError: the weights that it was to take are lost.
             JobError, RequestError: what the engine itself says.
         """
         seconds = getattr(self._config, limit)
@@ -70,6 +76,10 @@ class Member:
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, (JobError, RequestError)):
                 raise error.cause from None
+            if isinstance(error.cause, ray.exceptions.ObjectLostError):
+                raise GoneError(
+                    f"engine {self.number} failed to {method}: its weights are gone with the trainer"
+                ) from None
             raise JobError(f"engine {self.number} failed to {method}: {first_line(error.cause)}") from error
         except ray.exceptions.RayError as error:
             raise LostError(f"engine {self.number} died while it was to {method}: {first_line(error)}") from None
@@ -136,32 +146,38 @@ class Members:
     async def sync(self, weights: Weights) -> list[Probe]:
         """All engines take the weights, also those that are being started."""
         began = time.monotonic()
-        if self._failure is not None:
-            raise self._failure
-        await asyncio.gather(*(member.revival for member in self.all if member.revival is not None))
+        await self._revivals()
         if weights.kind == "adapter":  # an own copy, which a trainer that dies does not take along
             weights = replace(weights, tensors=ray.put(await _result(weights.tensors)))
         self._weights, self._accepted = weights, None
         for member in self.all:
             if member.health.state in (State.HEALTHY, State.STALE):
                 member.health = member.health.outdated()
-        probes: list[Probe] = []
-        for member, result in zip(
-            self.all, await asyncio.gather(*map(self._give, self.all), return_exceptions=True), strict=True
-        ):
+        results = await asyncio.gather(*map(self._give, self.all), return_exceptions=True)
+        for member, result in zip(self.all, results, strict=True):  # also where another engine's fault ends this
             if isinstance(result, LostError):
                 self.revive(member, str(result))
-            elif isinstance(result, BaseException):
-                raise result
-            else:
+        probes: list[Probe] = []
+        for result in results:
+            if isinstance(result, Probe):
                 probes.append(result)
+            elif not isinstance(result, LostError):
+                raise result
+        await self._revivals()
+        self._syncs += 1
+        self._sync_seconds += time.monotonic() - began
+        return sorted(probes, key=lambda probe: probe.engine)
+
+    async def _revivals(self) -> None:
+        """Wait until no engine is being started again; one may die anew meanwhile.
+
+        Raises:
+            JobError, RequestError: one will not be there any more.
+        """
         while waiting := [member.revival for member in self.all if member.revival is not None]:
             await asyncio.gather(*waiting)
         if self._failure is not None:
             raise self._failure
-        self._syncs += 1
-        self._sync_seconds += time.monotonic() - began
-        return sorted(probes, key=lambda probe: probe.engine)
 
     def revive(self, member: Member, why: str) -> None:
         """Begin to start an engine again, beside what else goes on."""
@@ -185,15 +201,17 @@ class Members:
 
     async def stop(self) -> None:
         """End all engines and give their resources back."""
-        for member in self.all:
-            if member.revival is not None:
-                member.revival.cancel()
-            if member.actor is not None:
-                with suppress(TimeoutError, ray.exceptions.RayError):
-                    await asyncio.wait_for(_result(member.actor.close.remote()), 5)
-                await self._end(member)
+        await asyncio.gather(*map(self._stop, self.all))  # each may take its time to answer, or not to
         if self._group is not None:
             remove_placement_group(self._group)
+
+    async def _stop(self, member: Member) -> None:
+        if member.revival is not None:
+            member.revival.cancel()
+        if member.actor is not None:
+            with suppress(TimeoutError, ray.exceptions.RayError):
+                await asyncio.wait_for(_result(member.actor.close.remote()), 5)
+            await self._end(member)
 
     async def _revived(self, member: Member) -> None:
         """End an engine for good, start it anew, and give it the weights that the others serve."""
@@ -202,7 +220,8 @@ class Members:
             member.health = member.health.restarted()
             await self._boot(member)
             if self._weights is not None:
-                await self._give(member)
+                with suppress(GoneError):  # the trainer died too: the one that comes after it sends new ones
+                    await self._give(member)
         except LostError as error:
             self.revive(member, str(error))
         except (JobError, RequestError) as error:
@@ -278,7 +297,13 @@ class Members:
         remote: Any = ray.remote
         there = [PlacementGroupSchedulingStrategy(self._group, member.number) for member in self.all]  # type: ignore[arg-type]
         places = [remote(num_cpus=0, scheduling_strategy=place)(_node_and_cores).remote() for place in there]
-        found = await asyncio.wait_for(asyncio.gather(*map(_result, places)), self._config.start_timeout)
+        limit = self._config.start_timeout
+        try:
+            found = await asyncio.wait_for(asyncio.gather(*map(_result, places)), limit)
+        except TimeoutError:
+            raise JobError(
+                f"the fleet waited {limit:g} s for the first word from the engines' nodes (rollout.start_timeout)"
+            ) from None
         neighbours = Counter(node for node, _ in found)
         for member, (node, cores) in zip(self.all, found, strict=True):
             member.threads = max(1, cores // neighbours[node])
@@ -328,3 +353,4 @@ def _end_process(process: int, created: float) -> None:
             found.wait(timeout=20)
     except (psutil.NoSuchProcess, psutil.TimeoutExpired):
         pass
+    sweep()  # what it had written
