@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,7 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.engine.reference import PROBE, adapted, adapter_weights, agrees, next_log_probs, prompts, referring
+import ray
+from tests.engine.reference import (
+    PROBE,
+    adapted,
+    adapter_weights,
+    agrees,
+    full_weights,
+    next_log_probs,
+    noisy,
+    prompts,
+    referring,
+)
 
 from rayloom.errors import JobError, RequestError
 from rayloom.rollout.config import RolloutConfig
@@ -150,6 +162,67 @@ def test_an_engine_that_hangs_is_ended_and_started_again(tiny_model: Path, fleet
     assert fleet.processes()[0] != hanging
     with pytest.raises(ProcessLookupError):
         os.kill(hanging, 0)
+
+
+@pytest.mark.slow
+def test_new_weights_wait_for_an_engine_that_dies_again_while_it_starts(
+    tiny_model: Path, cluster: None, numbers: Any
+) -> None:
+    client = start_fleet(CONFIG, _options(tiny_model), PROBE)
+    try:
+        _sync(client, tiny_model, next(numbers))
+        killed = client.processes()[1]
+        os.kill(killed, signal.SIGKILL)
+        client.generate(next(numbers), 0, 1, prompts(6), SHORT)  # engine 0 answers, engine 1 is being started
+
+        def kill_again() -> None:
+            while (found := client.processes().get(1, killed)) == killed:
+                time.sleep(0.05)
+            os.kill(found, signal.SIGKILL)
+
+        thread = threading.Thread(target=kill_again, daemon=True)
+        thread.start()
+        _sync(client, tiny_model, next(numbers))
+        thread.join(10)
+        assert client.metrics()["restarts"] == 2
+        assert all(event["seconds"] is not None for event in client.events())
+        assert {r.engine for r in client.generate(next(numbers), 0, 1, prompts(6), SHORT)} == {0, 1}
+    finally:
+        client.stop()
+
+
+@pytest.mark.slow
+def test_whole_weights_that_went_with_the_trainer_come_with_the_next_one(
+    tiny_model: Path, cluster: None, numbers: Any
+) -> None:
+    """A machine dies on which the trainer and an engine were: nobody has the weights that the new engine should get."""
+    options = replace(_options(tiny_model), adapter_rank=None)
+    client = start_fleet(CONFIG.model_copy(update={"engines": 1}), options, PROBE)
+    try:
+        trainer = ray.remote(num_cpus=0)(_Trainer).remote()
+        weights, tensors = full_weights(noisy(tiny_model, 1), next(numbers))
+        client.sync(replace(weights, tensors=ray.get(trainer.put.remote(tensors))[0]))
+        ray.kill(trainer)
+        os.kill(client.processes()[0], signal.SIGKILL)
+        with pytest.raises(JobError, match="before it had any weights"):
+            client.generate(next(numbers), 0, 1, prompts(2), SHORT)
+        client.abandon()
+        model = noisy(tiny_model, 2)
+        weights, tensors = full_weights(model, next(numbers))
+        (probe,) = client.sync(replace(weights, tensors=ray.put(tensors)))
+        assert agrees(model, probe)
+        (event,) = client.events()
+        assert event["seconds"] is not None
+        assert len(client.generate(next(numbers), 0, 1, prompts(2), SHORT)) == 2
+    finally:
+        client.stop()
+
+
+class _Trainer:
+    """Owns what it puts into the object store: it goes with it."""
+
+    def put(self, tensors: Any) -> list[Any]:
+        return [ray.put(tensors)]
 
 
 def test_ranks_that_do_not_ask_are_named(fleet: FleetClient, numbers: Any, tiny_model: Path) -> None:
