@@ -10,7 +10,7 @@ import pytest
 from rayloom.errors import RequestError
 from rayloom.models.config import ModelConfig
 from rayloom.rollout.config import RolloutConfig
-from rayloom.rollout.offline import Prediction, _rows_done, prediction_of
+from rayloom.rollout.offline import Prediction, _rows_done, engine_options, prediction_of
 from rayloom.rollout.request import Sampling
 
 
@@ -45,6 +45,18 @@ def test_answers_of_other_settings_are_not_gone_on_with(tmp_path: Path) -> None:
     (tmp_path / "answers.jsonl.settings.json").unlink()
     with pytest.raises(RequestError, match="remove it, or name another file"):
         _rows_done(prediction)
+
+
+def test_engines_take_the_gpus_of_the_cluster_unless_the_job_says_cpu(tiny_model: Path, tmp_path: Path) -> None:
+    rollout = RolloutConfig(tensor_parallel=2, precision="fp32", gpu_memory=0.5)
+    prediction = replace(_prediction(tmp_path / "a"), model=ModelConfig(path=str(tiny_model)), rollout=rollout)
+    found = engine_options(prediction, gpus=4)
+    assert (found.device, found.tensor_parallel, found.gpu_memory) == ("gpu", 2, 0.5)
+    automatic = replace(prediction, rollout=RolloutConfig())
+    assert engine_options(automatic, gpus=1).precision == "bf16"  # whatever this processor computes
+    for without, gpus in ((prediction, 0), (replace(prediction, device="cpu"), 4)):
+        found = engine_options(without, gpus)
+        assert (found.device, found.tensor_parallel) == ("cpu", 1)
 
 
 def _asked(model: str, *overrides: str) -> Prediction:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
+from typing import Literal
 
 from rayloom.data.config import DataConfig, DatasetConfig
 from rayloom.data.files import place
@@ -51,6 +52,8 @@ class Prediction:
     """Longest prompt, in tokens."""
     seed: int = 0
     """Row n is answered with seed `seed` + n."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """What the engines compute on; `auto`: on GPUs where the cluster has any."""
 
 
 def prediction_of(
@@ -75,11 +78,13 @@ def prediction_of(
         RequestError: no such job, or it has not finished.
     """
     config, template, cutoff, rollout = ModelConfig(path=model), "auto", 2048, RolloutConfig()
+    device: Literal["auto", "cpu", "gpu"] = "auto"
     if model.endswith((".yaml", ".yml")):
         from rayloom.config.read import read_job
 
         job = read_job(model, overrides)
         config, template, cutoff, rollout = job.model, job.data.template, job.data.cutoff, job.rollout
+        device = job.train.device
         if job.output_folder is None:
             raise RequestError(
                 f"output_dir: {job.output_dir} is an address: copy {job.run_place}/model to a folder, and name that"
@@ -105,6 +110,7 @@ def prediction_of(
         template=template,
         cutoff=cutoff,
         seed=seed,
+        device=device,
     )
 
 
@@ -151,7 +157,8 @@ def predict(prediction: Prediction, say: Callable[[str], None]) -> int:
     first = next(questions, None)
     if first is None:
         return done
-    fleet = start_fleet(prediction.rollout, engine_options(prediction), probe_prompt(first[0].token_ids[:32]))
+    options = engine_options(prediction, cluster_gpus())
+    fleet = start_fleet(prediction.rollout, options, probe_prompt(first[0].token_ids[:32]))
     try:
         fleet.sync(weights_of(prediction.adapter))
         asked: dict[int, tuple[Prompt, str]] = {}
@@ -253,8 +260,18 @@ def _rows_done(prediction: Prediction) -> int:
     return 0
 
 
-def engine_options(prediction: Prediction) -> EngineOptions:
+def cluster_gpus() -> float:
+    """How many GPUs the cluster has that this process is connected to."""
+    import ray
+
+    return float(ray.cluster_resources().get("GPU", 0))
+
+
+def engine_options(prediction: Prediction, gpus: float) -> EngineOptions:
     """What the engines of a prediction are started with.
+
+    Args:
+        gpus: that the cluster has.
 
     Raises:
         RequestError: an adapter that they do not serve.
@@ -270,12 +287,16 @@ def engine_options(prediction: Prediction) -> EngineOptions:
                 f"--adapter: {prediction.adapter}: the engines serve plain LoRA; merge this one into its model first"
             )
         rank = max([adapter.r, *adapter.rank_pattern.values()])
+    device: Literal["cpu", "gpu"] = "gpu" if prediction.device != "cpu" and gpus else "cpu"
     return EngineOptions(
         model=model.path,
-        precision=choose_precision(config.precision, "cpu", bf16=computes_bf16("cpu")),
+        precision=choose_precision(config.precision, device, bf16=device == "gpu" or computes_bf16("cpu")),
         max_length=min(length, limit) if limit else length,
         adapter_rank=rank,
+        device=device,
+        tensor_parallel=config.tensor_parallel if device == "gpu" else 1,
         kv_cache_gib=config.kv_cache_gib,
+        gpu_memory=config.gpu_memory,
         trust_remote_code=bool(getattr(model, "trust_remote_code", False)),
     )
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pyarrow as pa
 
 from rayloom.config.job import JobConfig
+from rayloom.errors import RequestError
 from rayloom.methods.config import LoraConfig
 from rayloom.models.precision import Precision
 from rayloom.rollout.fleet import FleetClient, start_fleet
@@ -32,12 +33,16 @@ def engines_of(job: JobConfig, device: str, precision: Precision, first: pa.Tabl
         first: prompts of the stream; one of them is what probes answer.
 
     Raises:
-        RequestError: the cluster has no room for them.
+        RequestError: the cluster has no room for them, or no GPUs for their `tensor_parallel`.
         JobError: one did not start.
     """
     if job.stage.type != "ppo":
         yield None
         return
+    if device == "cpu" and job.rollout.tensor_parallel > 1:  # `train.device: auto` may have asked for more
+        raise RequestError(
+            f"rollout.tensor_parallel: {job.rollout.tensor_parallel} is for GPUs, and the cluster has none; say 1"
+        )
     own = "bf16" if precision == "pure_bf16" else precision
     options = EngineOptions(
         model=job.model.path,

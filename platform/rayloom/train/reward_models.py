@@ -61,8 +61,7 @@ class AdapterRewardModel:
         self._positions.choose(last)
         with torch.no_grad(), using_adapter(self._model, self._name), self._states.wanted():
             self._model(input_ids=batch["input_ids"], use_cache=False)
-        assert self._states.last is not None  # the output layer has run
-        return self._head(self._states.last)
+        return _judged(self._head, self._states)
 
 
 class OwnRewardModel:
@@ -74,11 +73,19 @@ class OwnRewardModel:
         self._head = _head(model, folder)
 
     def score(self, batch: Batch, last: torch.Tensor) -> torch.Tensor:
+        ids = batch["input_ids"]
+        if self._model.device != ids.device:
+            self._model.to(ids.device)
         self._positions.choose(last)
         with torch.no_grad(), self._states.wanted():
-            self._model(input_ids=batch["input_ids"], use_cache=False)
-        assert self._states.last is not None  # the output layer has run
-        return self._head(self._states.last)
+            self._model(input_ids=ids, use_cache=False)
+        return _judged(self._head, self._states)
+
+
+def _judged(head: ValueHead, states: OutputStates) -> torch.Tensor:
+    """Heads are made before their models come to a device, and follow them there."""
+    assert states.last is not None  # the output layer has run
+    return head.to(states.last.device)(states.last)
 
 
 def _head(model: Any, folder: Path) -> ValueHead:

@@ -31,7 +31,7 @@ from rayloom.methods.config import LoraConfig
 from rayloom.models.text_tokenizer import TokenizerState
 from rayloom.models.tokenizer import TokenizerSource, load_tokenizer
 from rayloom.rollout.fleet import start_fleet
-from rayloom.rollout.offline import Prediction, answers, engine_options, weights_of
+from rayloom.rollout.offline import Prediction, answers, cluster_gpus, engine_options, weights_of
 from rayloom.rollout.request import Prompt, Sampling, probe_prompt
 from rayloom.stages.config import DpoConfig, SpinConfig
 from rayloom.train.driver import run_job
@@ -159,12 +159,13 @@ def _write_pairs(job: JobConfig, adapter: str | None, file: Path, *, seed: int) 
 
     rollout = job.rollout
     sampling = Sampling(rollout.max_tokens, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k)
-    options = Prediction(job.model, "", file, sampling, rollout, adapter=adapter, cutoff=job.data.cutoff)
+    cutoff, device = job.data.cutoff, job.train.device
+    options = Prediction(job.model, "", file, sampling, rollout, adapter=adapter, cutoff=cutoff, device=device)
     stream = prompts()
     first = next(stream, None)
     if first is None:
         raise RequestError("data.train: none of its rows has a prompt within data.cutoff")
-    fleet = start_fleet(rollout, engine_options(options), probe_prompt(first.token_ids[:32]))
+    fleet = start_fleet(rollout, engine_options(options, cluster_gpus()), probe_prompt(first.token_ids[:32]))
     partial = file.with_suffix(".partial")
     try:
         fleet.sync(weights_of(adapter))
