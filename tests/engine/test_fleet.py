@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,17 @@ def test_weights_come_behind_rounds_that_were_asked_for(tiny_model: Path, fleet:
     metrics = fleet.metrics()
     assert metrics["version"] == new
     assert metrics["tokens"] > 0
+
+
+def test_other_ranks_wait_until_the_weights_are_served(tiny_model: Path, fleet: FleetClient, numbers: Any) -> None:
+    version = next(numbers)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(fleet.wait_for, version)
+        _sync(fleet, tiny_model, next(numbers))
+        assert not waiting.done()
+        _sync(fleet, tiny_model, version)
+        waiting.result(timeout=30)
+    fleet.wait_for(version)  # at once
 
 
 def test_weights_that_are_not_what_was_said_stop_the_job(tiny_model: Path, fleet: FleetClient, numbers: Any) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import pyarrow as pa
 import pytest
 from tests.unit.test_ppo_rules import FUNCTION, job
 from transformers import AutoModelForCausalLM
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from rayloom.config.job import JobConfig
 from rayloom.errors import RequestError
 from rayloom.models.value_head import save_value_head, value_head_for
+from rayloom.train.engines import engines_of
 from rayloom.train.ppo_check import check_lengths_and_heads, check_reward_functions, check_reward_models
 
 
@@ -68,3 +70,9 @@ def test_lengths_and_heads(tiny_model: Path, parts: dict[str, Any], message: str
     check_lengths_and_heads(job(model={"path": str(tiny_model)}))
     with pytest.raises(RequestError, match=message):
         check_lengths_and_heads(job(model={"path": str(tiny_model)}, **parts))
+
+
+def test_tensor_parallel_engines_on_a_cluster_without_gpus() -> None:
+    asked = job(rollout={"tensor_parallel": 2})  # `train.device: auto`: before the cluster is known, it may have some
+    with pytest.raises(RequestError, match=r"rollout.tensor_parallel: 2 is for GPUs, and the cluster has none"):
+        engines_of(asked, "cpu", "fp32", pa.table({"input_ids": [[1]]})).__enter__()

@@ -50,6 +50,7 @@ class Fleet:
         self._config, self._probe_prompt = config, tuple(probe_prompt)
         self._members = Members(config, options, self._probe_prompt)
         self._turn = asyncio.Lock()  # first come, first served
+        self._synced = asyncio.Condition()
         self._rounds: dict[int, _Round] = {}
         self._count = {"prompts": 0, "tokens": 0, "generate_seconds": 0.0}
 
@@ -169,7 +170,15 @@ class Fleet:
             JobError: an engine serves something else.
         """
         async with self._turn:
-            return await self._members.sync(weights)
+            probes = await self._members.sync(weights)
+        async with self._synced:
+            self._synced.notify_all()
+        return probes
+
+    async def wait_for(self, version: int) -> None:
+        """Return when the engines serve a version, and that was checked."""
+        async with self._synced:
+            await self._synced.wait_for(lambda: self._members.checked_version == version)
 
     async def abandon(self) -> None:
         """Forget all rounds: the train workers that asked for them are gone. Engines end what they are at first."""
@@ -275,6 +284,10 @@ class FleetClient:
             JobError: an engine does not serve them.
         """
         return self._get(self.fleet.sync.remote(weights), f"the sync of version {weights.version}", self.patience)
+
+    def wait_for(self, version: int) -> None:
+        """Wait until the engines serve a version that another rank sends."""
+        self._get(self.fleet.wait_for.remote(version), f"the sync of version {version} by rank 0", self.patience)
 
     def abandon(self) -> None:
         """Drop all rounds: a new set of train workers begins."""

@@ -103,6 +103,8 @@ class Members:
         self._config, self._options, self._probe_prompt = config, options, probe_prompt
         self.all = [Member(number, config) for number in range(config.engines)]
         self.events: list[dict[str, Any]] = []
+        self.checked_version: int | None = None
+        """Which all engines serve; None: nothing, or a sync is under way."""
         self._group: PlacementGroup | None = None
         self._weights: Weights | None = None
         self._accepted: Probe | None = None
@@ -149,7 +151,7 @@ class Members:
         await self._revivals()
         if weights.kind == "adapter":  # an own copy, which a trainer that dies does not take along
             weights = replace(weights, tensors=ray.put(await _result(weights.tensors)))
-        self._weights, self._accepted = weights, None
+        self._weights, self._accepted, self.checked_version = weights, None, None
         for member in self.all:
             if member.health.state in (State.HEALTHY, State.STALE):
                 member.health = member.health.outdated()
@@ -164,6 +166,7 @@ class Members:
             elif not isinstance(result, LostError):
                 raise result
         await self._revivals()
+        self.checked_version = weights.version
         self._syncs += 1
         self._sync_seconds += time.monotonic() - began
         return sorted(probes, key=lambda probe: probe.engine)

@@ -52,6 +52,8 @@ class PolicySync:
         if self._is_first_rank:
             adapter = plain_config(model.peft_config[POLICY].to_dict()) if hasattr(model, "peft_config") else None
             self._probes = self._client.sync(weights_to_send(version, tensors, adapter))
+        else:  # here, and not in the next collective call: engines may need longer than `train.collective_timeout`
+            self._client.wait_for(version)
         self._served, self.seconds = version, time.monotonic() - started
 
     def compare(self, next_log_probs: NextLogProbs) -> None:
