@@ -201,7 +201,7 @@ class VllmEngine:
     def _take_whole(self, tensors: Mapping[str, Any]) -> tuple[int, str]:
         """How many tensors of the whole model were read, and their digest: of several workers the worst. These are
         processes of their own, to which vLLM can send a path, and no tensors."""
-        source = tensors
+        source: Mapping[str, Any] | str = tensors
         if self._options.tensor_parallel > 1:
             source = str(self._folders.write(f"whole-{self._serial}", pack(tensors), None))
         read: tuple[int, str] = min(self._llm.collective_rpc(_reload, args=(source,)))
