@@ -42,6 +42,7 @@ def node(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
         for name, value in head.environment.items():
             patch.setenv(name, value)
         reset_auth_token_state()
+        ray.init(address=head.cluster_address, namespace="rayloom", log_to_driver=False)
         start = (
             f"mount -t tmpfs tmpfs /dev/shm && mkdir {tmp_path}/temp && exec {sys.executable} -m ray.scripts.scripts "
             f"start --block --disable-usage-stats --address={head.cluster_address} --num-cpus=2 --min-worker-port=0 "
@@ -54,7 +55,6 @@ def node(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        ray.init(address=head.cluster_address, namespace="rayloom", log_to_driver=False)
         try:
             deadline = time.monotonic() + 90
             while ray.cluster_resources().get("CPU") != 2:
