@@ -18,7 +18,7 @@ import ray
 from ray._private.authentication_test_utils import reset_auth_token_state
 from tests.engine.reference import PROBE, adapted, adapter_weights, agrees, next_log_probs, prompts, referring
 
-from rayloom.errors import JobError
+from rayloom.errors import JobError, RequestError
 from rayloom.jobs.local_head import LocalHead
 from rayloom.rollout.config import RolloutConfig
 from rayloom.rollout.fleet import start_fleet
@@ -37,22 +37,30 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def node(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+@pytest.fixture(scope="module")
+def hidden(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that is empty as the second node sees it."""
+    return tmp_path_factory.mktemp("hidden")
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory, hidden: Path) -> Iterator[subprocess.Popen[bytes]]:
     """The only node with a CPU, of a head that has none."""
+    temp = tmp_path_factory.mktemp("temp")
     with LocalHead(num_cpus=0) as head, pytest.MonkeyPatch.context() as patch:
         for name, value in head.environment.items():
             patch.setenv(name, value)
         reset_auth_token_state()
         ray.init(address=head.cluster_address, namespace="rayloom", log_to_driver=False)
         start = (
-            f"mount -t tmpfs tmpfs /dev/shm && mkdir {tmp_path}/temp && exec {sys.executable} -m ray.scripts.scripts "
+            f"mount -t tmpfs tmpfs /dev/shm && mount -t tmpfs tmpfs {hidden} && exec {sys.executable} -m "
+            "ray.scripts.scripts "
             f"start --block --disable-usage-stats --address={head.cluster_address} --num-cpus=2 --min-worker-port=0 "
             f"--max-worker-port=0 --object-store-memory=100000000"
         )
         process = subprocess.Popen(
             [*_APART, "sh", "-c", start],
-            env={**os.environ, "TMPDIR": f"{tmp_path}/temp"},
+            env={**os.environ, "TMPDIR": str(temp)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -77,7 +85,7 @@ def node(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_adapters_reach_an_engine_that_sees_nothing_of_this_machine(
-    node: subprocess.Popen[bytes], tiny_model: Path, tmp_path: Path
+    node: subprocess.Popen[bytes], tiny_model: Path
 ) -> None:
     config = RolloutConfig(engines=1, kv_cache_gib=0.25, sync_timeout=60, start_timeout=200)
     mine = adapter_folders(os.getpid())
@@ -115,6 +123,16 @@ def test_adapters_reach_an_engine_that_sees_nothing_of_this_machine(
         fleet.stop()
     assert adapter_folders(node.pid) == []
     assert adapter_folders(os.getpid()) == mine
+
+
+def test_a_model_that_is_on_the_trainers_machine_only(
+    node: subprocess.Popen[bytes], hidden: Path, tiny_model: Path
+) -> None:
+    shutil.copytree(tiny_model, hidden / "model")
+    options = EngineOptions(str(hidden / "model"), "fp32", 256, kv_cache_gib=0.25)
+    message = rf"no such model folder: {hidden}/model, on the machine of engine 0 \(\d+\..*every machine of the cluster"
+    with pytest.raises(RequestError, match=message):
+        start_fleet(RolloutConfig(engines=1, start_timeout=100), options, PROBE)
 
 
 def adapter_folders(process: int) -> list[Path]:

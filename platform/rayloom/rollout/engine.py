@@ -6,6 +6,8 @@ import os
 import time
 from dataclasses import dataclass
 
+from rayloom.errors import RequestError
+from rayloom.models.source import check_model_path
 from rayloom.rollout.request import EngineOptions, Probe, Prompt, Rollout, Sampling, Weights
 from rayloom.rollout.vllm_engine import VllmEngine
 
@@ -38,8 +40,21 @@ class Engine:
         return os.getpid(), psutil.Process().create_time(), ray.get_runtime_context().get_node_id()
 
     def boot(self) -> Started:
-        """Load the model."""
+        """Load the model.
+
+        Raises:
+            RequestError: it is not on this machine.
+        """
+        import ray
+
         began = time.monotonic()
+        try:
+            check_model_path(self._options.model)
+        except RequestError as error:
+            raise RequestError(
+                f"{error}, on the machine of engine {self._number} ({ray.util.get_node_ip_address()}); every machine "
+                "of the cluster needs it under this path"
+            ) from None
         self._engine = VllmEngine(self._options, self._number)
         process, created, node = self.identity()
         return Started(process, created, node, time.monotonic() - began, self._engine.stop_token_ids)
