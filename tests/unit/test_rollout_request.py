@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors import safe_open
@@ -13,7 +15,7 @@ from rayloom.rollout.adapter_folders import pack, stored_tensors
 from rayloom.rollout.config import RolloutConfig
 from rayloom.rollout.digest import Digest, digest_of
 from rayloom.rollout.fleet import patience_of
-from rayloom.rollout.members import Members
+from rayloom.rollout.members import Members, _end_process
 from rayloom.rollout.request import BLOCK, EngineOptions, Probe, Weights, difference, probe_prompt
 
 TENSORS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.ones(3, dtype=torch.bfloat16)}
@@ -104,3 +106,16 @@ def test_a_fleet_is_lost_only_after_all_that_may_stand_before_a_call() -> None:
     # Seventeen rounds, each with its wait for the last rank and its answers, then the sync itself.
     assert patience_of(config) > 17 * 2 * 100 + 1
     assert patience_of(config.model_copy(update={"max_restarts": 2})) >= patience_of(config) + 2 * (100 + 10 + 1)
+
+
+def test_an_engine_is_ended_with_the_processes_that_it_has_started() -> None:
+    with subprocess.Popen(["sh", "-c", "sleep 1000 & echo $!; wait"], stdout=subprocess.PIPE, text=True) as engine:
+        assert engine.stdout is not None
+        worker = psutil.Process(int(engine.stdout.readline()))
+        worker.suspend()  # it hangs
+        created = psutil.Process(engine.pid).create_time()
+        _end_process(engine.pid, created - 60)  # of an earlier process with the same number
+        assert engine.poll() is None
+        _end_process(engine.pid, created)
+        assert not psutil.pid_exists(engine.pid)
+    assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE

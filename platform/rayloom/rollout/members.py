@@ -349,11 +349,12 @@ def _end_process(process: int, created: float) -> None:
     """Runs on the engine's node. A later process may have the same number, hence the time."""
     import psutil  # type: ignore[import-untyped]
 
-    try:
+    with suppress(psutil.NoSuchProcess):
         found = psutil.Process(process)
         if abs(found.create_time() - created) < 1:
-            found.kill()
-            found.wait(timeout=20)
-    except (psutil.NoSuchProcess, psutil.TimeoutExpired):
-        pass
+            family = [found, *found.children(recursive=True)]  # vLLM's workers may hang with it, and hold a GPU
+            for one in family:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
+            psutil.wait_procs(family, timeout=20)
     sweep()  # what it had written
