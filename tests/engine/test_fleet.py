@@ -180,7 +180,7 @@ def test_an_engine_that_hangs_is_ended_and_started_again(tiny_model: Path, fleet
 def test_new_weights_wait_for_an_engine_that_dies_again_while_it_starts(
     tiny_model: Path, cluster: None, numbers: Any
 ) -> None:
-    client = start_fleet(CONFIG, _options(tiny_model), PROBE)
+    client = start_fleet(CONFIG.model_copy(update={"sync_timeout": 15}), _options(tiny_model), PROBE)
     try:
         _sync(client, tiny_model, next(numbers))
         killed = client.processes()[1]
@@ -197,6 +197,9 @@ def test_new_weights_wait_for_an_engine_that_dies_again_while_it_starts(
         _sync(client, tiny_model, next(numbers))
         thread.join(10)
         assert client.metrics()["restarts"] == 2
+        os.kill(client.processes()[0], signal.SIGSTOP)
+        _sync(client, tiny_model, next(numbers))  # the trainer gets the word of the engine that was started again too
+        assert "the fleet waited 15 s for engine 0 to sync" in client.events()[-1]["what"]
         assert all(event["seconds"] is not None for event in client.events())
         assert {r.engine for r in client.generate(next(numbers), 0, 1, prompts(6), SHORT)} == {0, 1}
     finally:

@@ -107,7 +107,8 @@ class Members:
         """Which all engines serve; None: nothing, or a sync is under way."""
         self._group: PlacementGroup | None = None
         self._weights: Weights | None = None
-        self._accepted: Probe | None = None
+        self._probes: dict[int, Probe] = {}
+        """What each engine has said of these weights."""
         self._restarts = self._syncs = 0
         self._sync_seconds = 0.0
         self._failure: BaseException | None = None
@@ -151,7 +152,7 @@ class Members:
         await self._revivals()
         if weights.kind == "adapter":  # an own copy, which a trainer that dies does not take along
             weights = replace(weights, tensors=ray.put(await _result(weights.tensors)))
-        self._weights, self._accepted, self.checked_version = weights, None, None
+        self._weights, self._probes, self.checked_version = weights, {}, None
         for member in self.all:
             if member.health.state in (State.HEALTHY, State.STALE):
                 member.health = member.health.outdated()
@@ -159,17 +160,17 @@ class Members:
         for member, result in zip(self.all, results, strict=True):  # also where another engine's fault ends this
             if isinstance(result, LostError):
                 self.revive(member, str(result))
-        probes: list[Probe] = []
         for result in results:
-            if isinstance(result, Probe):
-                probes.append(result)
-            elif not isinstance(result, LostError):
+            if isinstance(result, BaseException) and not isinstance(result, LostError):
                 raise result
         await self._revivals()
+        without = [str(member.number) for member in self.all if member.health.state is not State.HEALTHY]
+        if without:
+            raise JobError(f"policy version {weights.version} did not arrive: engine {' '.join(without)} found it gone")
         self.checked_version = weights.version
         self._syncs += 1
         self._sync_seconds += time.monotonic() - began
-        return sorted(probes, key=lambda probe: probe.engine)
+        return [self._probes[member.number] for member in self.all]  # also of those that were started again meanwhile
 
     async def _revivals(self) -> None:
         """Wait until no engine is being started again; one may die anew meanwhile.
@@ -247,11 +248,11 @@ class Members:
         assert weights is not None
         probe: Probe = await member.call("sync", weights, self._probe_prompt, limit="sync_timeout")
         fault = difference(weights, probe)
-        if fault is None and self._accepted is not None:
-            fault = self._deviation(probe, self._accepted)
+        if fault is None and self._probes:
+            fault = self._deviation(probe, next(iter(self._probes.values())))
         if fault is not None:
             raise JobError(f"policy version {weights.version} did not arrive: {fault}")
-        self._accepted = self._accepted or probe
+        self._probes[member.number] = probe
         member.serves(weights.version)
         return probe
 
