@@ -147,11 +147,10 @@ class LedgerWriter(tune.Callback):
             self._say(told(exploit))
 
     def _record(self, trial: Any) -> dict[str, Any]:
-        for record in self._ledger["trials"]:
-            if record["name"] == str(trial):
-                found: dict[str, Any] = record
-                return found
-        record: Ledger = {"name": str(trial), "status": "running", "value": None, "step": 0, "progress": 0.0}
+        found: dict[str, Any] | None
+        if found := next((record for record in self._ledger["trials"] if record["name"] == str(trial)), None):
+            return found
+        record: dict[str, Any] = {"name": str(trial), "status": "running", "value": None, "step": 0, "progress": 0.0}
         if self._is_population:
             record |= {"passed": 0, "rungs": {}}
         self._ledger["trials"].append(record)

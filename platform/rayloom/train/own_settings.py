@@ -25,6 +25,6 @@ class OwnSettings(transformers.TrainerCallback):
             for group, decay in zip(groups, self._decays, strict=True):
                 if decay is not None:
                     group["weight_decay"] = decay
-        sharded = getattr(optimizer, "optimizer", None)
+        sharded: Any = getattr(optimizer, "optimizer", None)
         if hasattr(sharded, "clip_grad"):  # of ZeRO
             sharded.clip_grad = args.max_grad_norm
