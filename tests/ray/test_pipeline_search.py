@@ -22,7 +22,7 @@ def search_of(file: Path, *overrides: str) -> dict[str, Any]:
 
 
 def test_steps_in_common_are_trained_once(tiny_model: Path, data: Path, tmp_path: Path) -> None:  # noqa: F811
-    space = "{steps.sft.method.rank: grid(2, 4), steps.dpo.train.learning_rate: grid(1e-3, 1e-8)}"
+    space = "{steps.sft.method.rank: 'grid(2, 4)', steps.dpo.train.learning_rate: 'grid(1e-3, 1e-8)'}"
     search = f"search={{metric: loss, searcher: grid, space: {space}}}"
     file = write(tiny_model, data, tmp_path, max_steps=12)
     ledger = search_of(file, search)
