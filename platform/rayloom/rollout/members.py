@@ -50,8 +50,8 @@ class Member:
         self.seconds = 0.0
         """That it was busy with answers."""
         self.revival: asyncio.Task[None] | None = None
-        self.trouble: dict[str, Any] | None = None
-        """The event that is over when it serves again."""
+        self.troubles: list[dict[str, Any]] = []
+        """The events that are over when it serves again: several where it dies anew while it starts."""
         self._config = config
 
     async def call(self, method: str, *arguments: Any, limit: str) -> Any:
@@ -87,9 +87,9 @@ class Member:
     def serves(self, version: int) -> None:
         """It serves a version, and that was checked: what trouble there was is over."""
         self.health = self.health.synced(version)
-        if self.trouble is not None:
-            self.trouble["seconds"] = round(time.time() - self.trouble["time"], 3)
-            self.trouble = None
+        for event in self.troubles:
+            event["seconds"] = round(time.time() - event["time"], 3)
+        self.troubles = []
 
 
 async def _result(reference: Any) -> Any:
@@ -192,7 +192,7 @@ class Members:
             self._failure = JobError(f"{why}; it is not started again (rollout.max_restarts: {self._restarts})")
             return
         self._restarts += 1
-        member.trouble = event
+        member.troubles.append(event)
         member.revival = asyncio.create_task(self._revived(member))
 
     async def quiet(self) -> None:
