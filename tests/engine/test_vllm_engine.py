@@ -200,8 +200,14 @@ def test_whole_weights(tiny_model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adapter", "full"])
-def test_an_engine_of_two_processes_takes_weights_and_tells_which(tiny_model: Path, kind: str) -> None:
+def test_an_engine_of_two_processes_takes_weights_and_tells_which(
+    tiny_model: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What tensor parallelism needs, which here is on CPU: vLLM's workers are processes of their own."""
+    from vllm import envs
+
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else it wants a NUMA node for each
+    envs.disable_envs_cache()  # another engine in this process has read all variables for good
     rank = 4 if kind == "adapter" else None
     options = EngineOptions(str(tiny_model), "fp32", 256, adapter_rank=rank, kv_cache_gib=0.25, tensor_parallel=2)
     engine = VllmEngine(options)
