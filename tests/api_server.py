@@ -112,7 +112,7 @@ class ApiServer:
             time.sleep(0.1)
 
     def _is_established(self, path: str) -> bool:
-        conditions = self.call("GET", path).body.get("status", {}).get("conditions", [])
+        conditions = self.call("GET", path).body["status"]["conditions"] or []  # null at first
         return any(one["type"] == "Established" and one["status"] == "True" for one in conditions)
 
     def _answers(self) -> bool:
