@@ -20,10 +20,10 @@ def _packed(lengths_of_rows, length):
 
 
 def test_sizes_of_examples_and_padding():
-    assert example_sizes(_packed([[3, 1, 2], [4]], 8)) == [
-        (3, True), (1, True), (2, True), (2, False), (4, True), (4, False)
-    ]  # fmt: skip
-    assert example_sizes(_packed([[8]], 8)) == [(8, True)]
+    assert example_sizes(_packed([[3, 1, 2], [4]], 8)) == (
+        (3, True), (1, True), (2, True), (2, False), (4, True), (4, False),
+    )  # fmt: skip
+    assert example_sizes(_packed([[8]], 8)) == ((8, True),)
 
 
 def test_other_masks_are_not_taken_for_examples():

@@ -3,8 +3,8 @@
 PyTorch's CPU attention with a mask computes every pair of a row's tokens and throws most of them away: of a row with
 five examples of one length nine tenths. Without a mask, example by example, that work is not done. What each query may
 see is still told by the model's own mask. It is read once a batch; where it says anything else than "causal within each
-example" (a sliding window, say), the usual function computes with it. In bf16 each example is computed by
-`rayloom.models.block_attention`, also where a batch needs no mask.
+example" (a sliding window, say), the usual function computes with it. In bf16 `rayloom.models.block_attention` computes
+all examples of a batch, also where it needs no mask.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ from typing import Any
 
 import torch
 
-from rayloom.models.block_attention import causal_attention
+from rayloom.models.block_attention import Sizes, causal_attention
 
 NAME = "packed_sdpa"
-Sizes = list[tuple[int, bool]]
-"""Of consecutive tokens of the flattened batch: how many, and whether they are an example, or padding."""
 
 
 def use_packed_attention(model: Any) -> None:
@@ -54,7 +52,7 @@ def packed_attention(
     Returns:
         (batch, length, heads, head size), and no weights. What padding sees is 0.
     """
-    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     plain = query.device.type == "cpu" and kwargs.get("position_bias") is None and kwargs.get("cache") is None
     dropout = kwargs.get("dropout", 0.0)
@@ -63,31 +61,36 @@ def packed_attention(
     if plain and attention_mask is not None:
         sizes = _LAST.sizes(attention_mask)
     elif plain and by_blocks and query.shape[2] == key.shape[2] and _is_causal(module, kwargs.get("is_causal")):
-        sizes = [(query.shape[2], True)] * query.shape[0]
+        sizes = ((query.shape[2], True),) * query.shape[0]
     if sizes is None:
         whole: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return whole
     scale = kwargs.get("scaling")
-    if not by_blocks:
-        groups = query.shape[1] // key.shape[1]
-        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    q, k, v = (one.transpose(1, 2).flatten(0, 1) for one in (query, key, value))
+    if by_blocks:
+        attended = causal_attention(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, sizes)
+    else:
+        attended = _one_by_one((q, k, v), sizes, dropout_p=dropout, scale=scale)
+    return attended.unflatten(0, (query.shape[0], query.shape[2])), None
+
+
+def _one_by_one(flat: tuple[torch.Tensor, ...], sizes: Sizes, **options: Any) -> torch.Tensor:
+    """PyTorch's attention of each example by itself; arguments and value as `causal_attention` has them."""
+    groups = flat[0].shape[1] // flat[1].shape[1]
     # `split`, whose backward pass puts the parts together: that of a slice would make a tensor of the whole for each.
     lengths = [length for length, _ in sizes]
-    parts = [one.transpose(1, 2).flatten(0, 1).split(lengths) for one in (query, key, value)]
     done = []
-    for (_, is_example), *of_example in zip(sizes, *parts, strict=True):
-        q, k, v = (one.transpose(0, 1) for one in of_example)
-        if not is_example:
-            attended = q.new_zeros(*q.shape[:2], v.shape[-1])
-        elif by_blocks:
-            attended = causal_attention(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
-        else:
-            q, k, v = (one.unsqueeze(0) for one in (q, k, v))
+    for (_, is_example), *parts in zip(sizes, *(one.split(lengths) for one in flat), strict=True):
+        query, key, value = (one.transpose(0, 1) for one in parts)
+        if is_example:
+            key, value = (one.repeat_interleave(groups, 0).unsqueeze(0) for one in (key, value))
             attended = torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, dropout_p=dropout, scale=scale, is_causal=True
+                query.unsqueeze(0), key, value, is_causal=True, **options
             )[0]
+        else:
+            attended = query.new_zeros(*query.shape[:2], value.shape[-1])
         done.append(attended.transpose(0, 1))
-    return torch.cat(done).unflatten(0, (query.shape[0], query.shape[2])), None
+    return torch.cat(done)
 
 
 def _is_causal(module: Any, said: bool | None) -> bool:
@@ -138,4 +141,4 @@ def example_sizes(mask: torch.Tensor) -> Sizes | None:
     if any(example and not begin for example, begin in zip(is_example, begins.flatten()[starts].tolist(), strict=True)):
         return None  # padding within an example
     edges = [*starts, real.numel()]
-    return [(after - before, one) for before, after, one in zip(edges, edges[1:], is_example, strict=False)]
+    return tuple((after - before, one) for before, after, one in zip(edges, edges[1:], is_example, strict=False))
