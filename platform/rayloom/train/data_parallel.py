@@ -17,7 +17,9 @@ from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from rayloom.collector import collector_off
@@ -31,11 +33,12 @@ class StreamDataParallelTrainer(DataParallelTrainer):
 
     The workers' data comes from dealers (`rayloom.data.deal`), so none deals data sets. The driver, which outlives the
     controller, frees the workers' placement group if that was killed, so none waits for this. And on a Ray of the job's
-    own, which cannot grow, none is asked to let it.
+    own, which cannot grow, none is asked to let it; there no process has a runtime environment either, for which Ray
+    would start another process instead of one that is there, and have that load Ray twice.
     """
 
-    def __init__(self, *args: Any, monitor: Any, can_grow: bool, **kwargs: Any) -> None:
-        self._monitor, self._can_grow = monitor, can_grow
+    def __init__(self, *args: Any, monitor: Any, own_cluster: bool, **kwargs: Any) -> None:
+        self._monitor, self._own_cluster = monitor, own_cluster
         super().__init__(*args, **kwargs)
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -44,10 +47,27 @@ class StreamDataParallelTrainer(DataParallelTrainer):
         return [*kept, _TellPlacementGroup(self._monitor)]
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
-        if not self._can_grow:
-            config: Any = self.scaling_config
-            parts["scaling_policy"] = _NothingRequested(config)
-        return super()._initialize_and_run_controller(**parts)
+        if not self._own_cluster:
+            return super()._initialize_and_run_controller(**parts)
+        config: Any = self.scaling_config
+        parts["scaling_policy"] = _NothingRequested(config)
+        controller: Any = ray.remote(num_cpus=0)(_OwnController).remote(**parts)
+        ray.get(controller.run.remote())
+        return ray.get(controller.get_result.remote())
+
+
+class _OwnWorkerGroup(WorkerGroup):
+    """Its workers inherit what Ray Train would hand on."""
+
+    @staticmethod
+    def _get_worker_runtime_env(custom_runtime_env: Any) -> Any:
+        return dict(custom_runtime_env)
+
+
+class _OwnController(TrainController):
+    """On a Ray of the job's own, whose processes inherit the driver's environment."""
+
+    worker_group_cls = _OwnWorkerGroup
 
 
 class _NothingRequested(FixedScalingPolicy):
@@ -79,6 +99,8 @@ class ProcessGroupConfig(BackendConfig):
     """torch's name: `gloo` or `nccl`."""
     timeout_seconds: int
     """The longest that a collective call waits for the other workers."""
+    threads: int | None
+    """How many threads a worker computes with on CPU; None: as Ray has it."""
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -96,6 +118,7 @@ class _ProcessGroup(Backend):
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         assert isinstance(backend_config, ProcessGroupConfig)
         address, port = worker_group.execute_single(0, _free_address)
+        worker_group.execute(_set_threads, backend_config.threads)
         worker_group.execute(
             _join, address, port, backend_config.collectives, timeout_seconds=backend_config.timeout_seconds
         )
@@ -117,6 +140,13 @@ def _free_address() -> tuple[str, int]:
         free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         free.bind(("", 0))
         return address, int(free.getsockname()[1])
+
+
+def _set_threads(threads: int | None) -> None:
+    """Ray gives a worker OMP_NUM_THREADS=1. The math libraries read it when they are loaded; to raise the number later
+    leaves parts of them at one thread (tests/bench/NOTES.md)."""
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
 def _join(address: str, port: int, collectives: str, *, timeout_seconds: int) -> None:

@@ -102,7 +102,7 @@ def ray_trainer(work: Work, monitor: Any) -> Any:
     return StreamDataParallelTrainer(
         worker,
         monitor=monitor,
-        can_grow=not work.own_cluster,
+        own_cluster=work.own_cluster,
         train_loop_config={
             "job": job.model_dump(mode="json"),
             "monitor": monitor,
@@ -119,7 +119,9 @@ def ray_trainer(work: Work, monitor: Any) -> Any:
             "folder": str(Path.cwd()),
         },
         backend_config=ProcessGroupConfig(
-            "gloo" if resources.device == "cpu" else "nccl", math.ceil(job.train.collective_timeout)
+            "gloo" if resources.device == "cpu" else "nccl",
+            math.ceil(job.train.collective_timeout),
+            threads=resources.threads if resources.device == "cpu" else None,
         ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=job.train.workers,
@@ -131,7 +133,6 @@ def ray_trainer(work: Work, monitor: Any) -> Any:
             **_storage(run.place),
             callbacks=[news],
             failure_config=ray.train.FailureConfig(max_failures=0, **_NO_ENDLESS_RETRY),
-            **_worker_environment(resources),
             checkpoint_config=ray.train.CheckpointConfig(
                 num_to_keep=job.train.keep_checkpoints,
                 checkpoint_score_attribute="score" if job.train.best_metric else None,
@@ -193,11 +194,3 @@ def _storage(place: Path | Remote) -> dict[str, Any]:
     if isinstance(place, Remote):
         return {"storage_path": place.path, "storage_filesystem": place.arrow}
     return {"storage_path": str(place)}
-
-
-def _worker_environment(resources: Resources) -> dict[str, Any]:
-    """Ray gives a worker OMP_NUM_THREADS=1. To raise the number later, in the process, leaves parts of the math
-    libraries at one thread (tests/bench/NOTES.md)."""
-    if resources.device == "gpu":
-        return {}
-    return {"worker_runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(resources.threads)}}}

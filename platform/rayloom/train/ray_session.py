@@ -22,6 +22,8 @@ _ENVIRONMENT = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     # `rayloom.train.execution` looks after nodes that will be taken away.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Ray Train's controller does so.
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
 }
 _VARIABLES = {"TOKENIZERS_PARALLELISM": "false"}
 # Set where Ray Jobs started this driver; says which runtime environment the job already has.
