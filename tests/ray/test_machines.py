@@ -20,7 +20,7 @@ from rayloom.config.job import JobConfig
 from rayloom.jobs.local_head import LocalHead
 from rayloom.train.execution import Execution
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("connected"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("connected"), pytest.mark.timeout(600)]
 
 STEPS, KILL_AT = 30, 17  # of a third of a second, on two cores; a checkpoint is made every five
 MOVE_AT = 7  # and no checkpoint is made there but for the move

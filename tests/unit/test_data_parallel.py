@@ -7,10 +7,10 @@ import sys
 CHECK = """
 import pickle, sys
 from rayloom.train.data_parallel import ProcessGroupConfig, StreamDataParallelTrainer
-config = pickle.loads(pickle.dumps(ProcessGroupConfig("gloo", 60)))
+config = pickle.loads(pickle.dumps(ProcessGroupConfig("gloo", 60, threads=2)))
 config.backend_cls()
-assert config.to_dict() == {"collectives": "gloo", "timeout_seconds": 60}
-trainer = StreamDataParallelTrainer(print, backend_config=config, monitor=None, can_grow=False)
+assert config.to_dict() == {"collectives": "gloo", "timeout_seconds": 60, "threads": 2}
+trainer = StreamDataParallelTrainer(print, backend_config=config, monitor=None, own_cluster=True)
 names = [type(one).__name__ for one in trainer._create_default_callbacks()]
 assert "BackendSetupCallback" in names, names
 assert not {"DatasetsCallback", "PlacementGroupCleanerCallback"} & set(names), names

@@ -161,7 +161,9 @@ def test_a_key_changes_with_what_changes_the_result(plan: Any, here: Path) -> No
     for override in ("train.logging_steps=3", "train.save_steps=3", "train.max_failures=0", "data.manifest=true"):
         assert keys(plan(SFT, DPO, overrides=[override])) == before
     searched = {"metric": "loss", "space": {"train.learning_rate": "loguniform(1e-5, 1e-3)"}}
-    assert keys(plan({**SFT, "search": searched}, DPO)) == before  # a step is one job, whose search is left aside
+    assert (
+        keys(plan(SFT, DPO, search=searched)) == before
+    )  # a search is of the whole, and `rayloom train` leaves it aside
     first, second = keys(plan(SFT, DPO, overrides=["steps[1].train.learning_rate=0.5"]))
     assert first == before[0]
     assert second != before[1]

@@ -329,16 +329,18 @@ def test_the_rest_of_a_job(tmp_path):
 
 
 def test_what_is_left_of_a_trial(tmp_path):
-    from rayloom.search.trial import _left  # loads Ray Tune
+    from rayloom.search.trial import what_is_left  # loads Ray Tune
 
     job, other = make_job(tmp_path), make_job(tmp_path, train={"learning_rate": 0.5})
-    assert _left(job) == job
+    assert what_is_left(job) == job
     path = an_earlier_run(job, "stopped", steps=8)
-    assert (_left(job).resume, _left(job).overwrite) == (True, False)
-    assert (_left(other).resume, _left(other).overwrite) == (False, True), "a trial that was named alike"
+    assert (what_is_left(job).resume, what_is_left(job).overwrite) == (True, False)
+    assert (what_is_left(other).resume, what_is_left(other).overwrite) == (False, True), "a trial that was named alike"
     (path / "result.json").write_text('{"status": "finished"}')
-    assert _left(job) is None
-    assert (_left(other).resume, _left(other).overwrite) == (False, True), "nor is it what this one has finished"
+    assert what_is_left(job) is None
+    assert (what_is_left(other).resume, what_is_left(other).overwrite) == (False, True), (
+        "nor is it what this one has finished"
+    )
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

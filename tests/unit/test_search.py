@@ -61,6 +61,15 @@ def test_points_are_a_function_of_the_seed() -> None:
     assert 0.2 < sum(point["train.warmup"] for point in drawn) / 200 < 0.3
 
 
+def test_a_value_that_yaml_has_cut_at_its_comma() -> None:
+    with pytest.raises(
+        ValueError, match=r"not 'grid\(2'; within braces YAML ends a value at a comma, so put it in quotes"
+    ):
+        parse_space({"train.batch_size": "grid(2"})
+    with pytest.raises(ValueError, match=r"not 'many'$"):
+        parse_space({"train.batch_size": "many"})
+
+
 def test_grid_values_are_combined_with_samples() -> None:
     entries = parse_space({"train.seed": "grid(1, 2)", "train.batch_size": "grid(1, 2)", "method.rank": "choice(4, 8)"})
     drawn = list(points(entries, samples=3, seed=0, whole_grid=False))

@@ -111,9 +111,11 @@ def _parse_entry(key: str, value: Any) -> Entry:
         when = value.get("when", {})
         if len(kinds) == 1 and isinstance(value[kinds[0]], list) and isinstance(when, dict):
             return _checked(Entry(key, kinds[0], tuple(value[kinds[0]]), when))
+    cut = isinstance(value, str) and "(" in value and ")" not in value
+    hint = "; within braces YAML ends a value at a comma, so put it in quotes" if cut else ""
     raise ValueError(
         f"{key}: write what it is drawn from as loguniform(1e-5, 1e-3), or as {{choice: [4, 8], "
-        f"when: {{method.type: lora}}}}, not {value!r}"
+        f"when: {{method.type: lora}}}}, not {value!r}{hint}"
     )
 
 

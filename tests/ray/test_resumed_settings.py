@@ -1,0 +1,39 @@
+"""A resumed job trains with its own weight decay and clipping, whatever the checkpoint's optimizer remembers."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.ray.small_jobs import job, run, write_rows
+
+from rayloom.config.job import JobConfig
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("connected"), pytest.mark.timeout(600)]
+
+
+@pytest.mark.parametrize("engine", ["none", "zero2"])
+def test_a_changed_setting_counts_from_the_checkpoint_on(engine: str, tiny_model: Path, tmp_path: Path) -> None:
+    sets = [{"path": str(write_rows(tmp_path / "rows.jsonl", 40))}]
+
+    def config(name: str, **train: Any) -> JobConfig:
+        part = {"max_steps": 6, "save_steps": 3, "scheduler": "constant", "warmup": 0, "deepspeed": engine}
+        return job(tiny_model, tmp_path, sets, name=name, train=part | train)
+
+    first = config("first", max_steps=3)
+    run(first)
+
+    def losses(name: str, **train: Any) -> list[float]:
+        resumed = config(name, **train).model_copy(update={"resume": True})
+        shutil.copytree(first.run_dir, resumed.run_dir)
+        _, rows = run(resumed)
+        assert [row["step"] for row in rows] == list(range(1, 7))
+        return [row["loss"] for row in rows]
+
+    same = losses("same")
+    decayed, clipped = losses("decayed", weight_decay=20.0), losses("clipped", max_grad_norm=1e-4)
+    for changed in (decayed, clipped):
+        assert changed[:4] == pytest.approx(same[:4], abs=1e-6)  # the fourth is of the weights of the checkpoint
+        assert all(abs(after - before) > 1e-4 for after, before in zip(changed[4:], same[4:], strict=True))
