@@ -288,3 +288,13 @@ def test_a_resumed_job_has_its_own_weight_decay() -> None:
     assert [group["weight_decay"] for group in now.param_groups] == [0.1, 0.0], "what a checkpoint brings back"
     settings.on_train_begin(None, None, None, optimizer=now)
     assert [group["weight_decay"] for group in now.param_groups] == [0.02, 0.0]
+
+
+def test_deepspeed_leaves_out_groups_without_weights() -> None:
+    groups = [{"params": [], "weight_decay": 0.5}, {"params": [torch.ones(2)], "weight_decay": 0.02}]
+    now = torch.optim.AdamW(groups, lr=1e-3)
+    settings = OwnSettings(now)
+    now.param_groups[:] = [group for group in now.param_groups if group["params"]]
+    now.param_groups[0]["weight_decay"] = 0.1
+    settings.on_train_begin(None, None, None, optimizer=now)
+    assert [group["weight_decay"] for group in now.param_groups] == [0.02]

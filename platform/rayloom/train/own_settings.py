@@ -16,11 +16,11 @@ class OwnSettings(transformers.TrainerCallback):
     """
 
     def __init__(self, optimizer: Any) -> None:
-        self._decays = [group.get("weight_decay") for group in optimizer.param_groups]
+        self._decays = [group.get("weight_decay") for group in _filled(optimizer)]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """The model is wrapped for training, and the checkpoint is loaded."""
-        groups = optimizer.param_groups
+        groups = _filled(optimizer)
         if len(groups) == len(self._decays):  # else DeepSpeed has split them
             for group, decay in zip(groups, self._decays, strict=True):
                 if decay is not None:
@@ -28,3 +28,8 @@ class OwnSettings(transformers.TrainerCallback):
         sharded: Any = getattr(optimizer, "optimizer", None)
         if hasattr(sharded, "clip_grad"):  # of ZeRO
             sharded.clip_grad = args.max_grad_norm
+
+
+def _filled(optimizer: Any) -> list[dict[str, Any]]:
+    """The groups that hold weights; DeepSpeed leaves out those that are empty."""
+    return [group for group in optimizer.param_groups if group["params"]]
