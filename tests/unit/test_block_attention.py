@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rayloom.models.block_attention import causal_attention
@@ -44,13 +44,14 @@ def test_values_and_gradients_are_the_formulas(length, heads):
 
 
 @settings(deadline=None, max_examples=40)
+@example(sizes=[(5, False)], groups=2, shared=1)  # a batch that fills a step up trains nothing
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 150), st.booleans()), min_size=1, max_size=6),
     groups=st.integers(1, 3),
     shared=st.integers(1, 2),
 )
 def test_examples_of_any_lengths_with_padding_between_them(sizes, groups, shared):
-    sizes = (*sizes, (3, True))
+    sizes = tuple(sizes)
     inputs = _inputs(groups * shared, shared, sum(size for size, _ in sizes), 4, 6)
     for ours, exact in zip(_run(causal_attention, inputs, sizes), _run(_formula, inputs, sizes), strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-11)

@@ -111,8 +111,9 @@ class _Rows:
 
     def __init__(self, tokens: int, heads: int) -> None:
         self._all, self._heads = tokens * heads, heads
-        self._rows: list[torch.Tensor] = []
-        self._real: list[torch.Tensor] = []
+        # Not without any: a batch may be of padding alone.
+        self._rows = [torch.empty(0, dtype=torch.long)]
+        self._real = [torch.empty(0, dtype=torch.bool)]
         self._count = 0
 
     def add(self, token: torch.Tensor, head: torch.Tensor, is_real: torch.Tensor) -> slice:
