@@ -72,12 +72,14 @@ def main() -> None:
             RolloutConfig(), EngineOptions(MODEL, options.precision, 512, adapter_rank=8), probe_prompt(prompts[0])
         )
         started = time.monotonic() - began
+        policy_sync = PolicySync(fleet, options.precision, is_first_rank=True)
         engine, own, learn, syncs = [], [], [], []
         for turn in range(options.turns):
-            syncs += [sync(fleet, model, 4 * turn + number) for number in range(4)]
+            syncs += [sync(policy_sync, model, 4 * turn + number) for number in range(4)]
             engine.append(with_engine(fleet, prompts, turn))
             own.append(with_generate(model, tokenizer, prompts, turn))
             learn.append(learning(model, engine[-1]))
+        sync(policy_sync, model, 999)
         difference = mismatch(model, fleet, prompts)
         fleet.stop()
         ray.shutdown()
@@ -126,9 +128,8 @@ def read_prompts(tokenizer: Any) -> list[tuple[int, ...]]:
     ]
 
 
-def sync(fleet: FleetClient, model: Any, version: int) -> tuple[float, float]:
+def sync(policy_sync: PolicySync, model: Any, version: int) -> tuple[float, float]:
     """Seconds from the trainer's weights to the engine's proof that it serves them; and of the trainer's comparison."""
-    policy_sync = PolicySync(fleet, "bf16" if model.dtype == torch.bfloat16 else "fp32", is_first_rank=True)
     policy_sync.serve(version, model.eval())
     served = policy_sync.seconds
     policy_sync.compare(partial(next_log_probs, model))
@@ -208,7 +209,6 @@ def scores(model: Any, rows: list[tuple[list[int], list[int]]]) -> torch.Tensor:
 
 def mismatch(model: Any, fleet: FleetClient, prompts: list[tuple[int, ...]]) -> float:
     """Mean absolute difference of the engine's and the trainer's log-probabilities of the engine's tokens."""
-    sync(fleet, model, 999)
     asked = [Prompt(number, ids, seed=number) for number, ids in enumerate(prompts[:16])]
     rollouts = fleet.generate(999, 0, 1, asked, SAMPLING)
     said = torch.tensor([value for one in rollouts for value in one.log_probs])

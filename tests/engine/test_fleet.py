@@ -58,9 +58,8 @@ def numbers() -> Iterator[Any]:
 
 def _sync(fleet: FleetClient, model: Path, version: int) -> Any:
     policy = adapted(model, version)
-    probes = fleet.sync(referring(*adapter_weights(policy, version)))
-    assert [probe.engine for probe in probes] == [0, 1]
-    assert all(agrees(policy, probe) for probe in probes)
+    served = fleet.sync(referring(*adapter_weights(policy, version)))
+    assert [(one.engine, one.version) for one in served] == [(0, version), (1, version)]
     return policy
 
 
@@ -70,10 +69,14 @@ def _texts(rollouts: list[Rollout]) -> list[tuple[int, int, tuple[int, ...]]]:
 
 def test_ranks_get_the_answers_to_their_own_prompts(tiny_model: Path, fleet: FleetClient, numbers: Any) -> None:
     version = next(numbers)
-    _sync(fleet, tiny_model, version)
+    policy = _sync(fleet, tiny_model, version)
     asked = prompts(9, samples=2)
     first, second, third = next(numbers), next(numbers), next(numbers)
+    fleet.probes()
     whole = fleet.generate(first, 0, 1, asked, SHORT)
+    probes = fleet.probes()
+    assert {(probe.engine, probe.version) for probe in probes} == {(0, version), (1, version)}
+    assert all(agrees(policy, probe) for probe in probes)
     assert [(r.prompt, r.sample) for r in whole] == [(n, s) for n in range(9) for s in range(2)]
     assert {r.engine for r in whole} == {0, 1}
     assert {r.policy_version for r in whole} == {version}
@@ -84,6 +87,7 @@ def test_ranks_get_the_answers_to_their_own_prompts(tiny_model: Path, fleet: Fle
         assert _texts(parts[1]) == [text for text in _texts(whole) if text[0] % 2 == 1]
         engines = {(r.prompt, r.sample): r.engine for r in [*parts[0], *parts[1]]}
         assert engines == {(r.prompt, r.sample): r.engine for r in whole}
+    assert fleet.probes() == []  # once for a version
 
 
 def test_weights_come_behind_rounds_that_were_asked_for(tiny_model: Path, fleet: FleetClient, numbers: Any) -> None:
@@ -126,11 +130,25 @@ def test_the_trainer_compares_what_it_and_every_engine_compute(
     sync = PolicySync(fleet, "fp32", is_first_rank=True)
     first, second = next(numbers), next(numbers)
     policies = {version: adapted(tiny_model, version) for version in (first, second)}
+    fleet.probes()
+    for ahead in (False, True):  # of a round that was asked ahead the next turn hears
+        number, version = next(numbers), next(numbers)
+        policy = adapted(tiny_model, version)
+        sync.serve(version, policy)
+        pending = fleet.ask(number, 0, 1, prompts(4), SHORT)
+        if not ahead:
+            pending.collect()
+        sync.compare(lambda ids, policy=policy: next_log_probs(policy, ids).float())
+        if ahead:
+            pending.collect()
     sync.serve(first, policies[first])
+    fleet.generate(next(numbers), 0, 1, prompts(4), SHORT)
+    sync.difference = 1.0
     sync.compare(lambda ids: next_log_probs(policies[first], ids).float())
-    assert 0 < sync.difference < 1e-3
+    assert sync.difference < 1e-3
     sync.serve(second, policies[second])
-    said = rf"engine 0 does not compute what the trainer computes: with the weights of version {second} the log-prob"
+    fleet.generate(next(numbers), 0, 1, prompts(4), SHORT)
+    said = rf"engine [01] does not compute what the trainer computes: with the weights of version {second} the log-prob"
     with pytest.raises(JobError, match=said):
         sync.compare(lambda ids: next_log_probs(policies[first], ids).float())
 
@@ -224,11 +242,12 @@ def test_whole_weights_that_went_with_the_trainer_come_with_the_next_one(
         client.abandon()
         model = noisy(tiny_model, 2)
         weights, tensors = full_weights(model, next(numbers))
-        (probe,) = client.sync(replace(weights, tensors=ray.put(tensors)))
-        assert agrees(model, probe)
+        client.sync(replace(weights, tensors=ray.put(tensors)))
         (event,) = client.events()
         assert event["seconds"] is not None
         assert len(client.generate(next(numbers), 0, 1, prompts(2), SHORT)) == 2
+        (probe,) = client.probes()
+        assert agrees(model, probe)
     finally:
         client.stop()
 
@@ -265,8 +284,8 @@ def test_more_engines_than_the_cluster_holds(tiny_model: Path, cluster: None) ->
 
 
 def test_a_fleet_without_a_trainer_serves_the_model_itself(fleet: FleetClient, numbers: Any) -> None:
-    (probe, _) = fleet.sync(Weights.of_base())
-    assert (probe.version, probe.count) == (0, 0)
+    (served, _) = fleet.sync(Weights.of_base())
+    assert (served.version, served.count) == (0, 0)
     assert len(fleet.generate(next(numbers), 0, 1, [replace(prompts(1)[0], samples=3)], SHORT)) == 3
 
 

@@ -24,7 +24,7 @@ from tests.engine.reference import (
 
 from rayloom.errors import JobError, RequestError
 from rayloom.rollout.adapter_folders import adapter_rank_limit, pack
-from rayloom.rollout.request import PROBE_CHOICES, EngineOptions, Sampling, Weights, difference
+from rayloom.rollout.request import PROBE_CHOICES, EngineOptions, Probe, Prompt, Rollout, Sampling, Weights, difference
 from rayloom.rollout.vllm_engine import VllmEngine
 
 GREEDY = Sampling(max_tokens=12, temperature=0)
@@ -44,10 +44,21 @@ def _send(engine: VllmEngine, model: Any, version: int) -> Weights:
     return weights
 
 
+def _answers(engine: VllmEngine, asked: list[Prompt], sampling: Sampling) -> list[Rollout]:
+    return engine.generate(asked, sampling, PROBE)[0]
+
+
+def _probe(engine: VllmEngine) -> Probe:
+    """What comes with the first prompts after new weights."""
+    _, probe = engine.generate(prompts(2), GREEDY, PROBE)
+    assert probe is not None
+    return probe
+
+
 def test_it_answers_nothing_before_it_has_weights(tiny_model: Path, engine: VllmEngine) -> None:
     if engine._version is None:  # another test may have been here
         with pytest.raises(JobError, match="before it had any weights"):
-            engine.generate(prompts(1), GREEDY)
+            engine.generate(prompts(1), GREEDY, PROBE)
 
 
 def test_greedy_answers_are_those_of_transformers_with_and_without_an_adapter(
@@ -59,7 +70,7 @@ def test_greedy_answers_are_those_of_transformers_with_and_without_an_adapter(
     for model in (base(tiny_model), adapted(tiny_model, 1)):
         if hasattr(model, "peft_config"):
             _send(engine, model, 1)
-        for prompt, rollout in zip(prompts(5), engine.generate(prompts(5), GREEDY), strict=True):
+        for prompt, rollout in zip(prompts(5), _answers(engine, prompts(5), GREEDY), strict=True):
             assert rollout.token_ids == greedy(model, prompt.token_ids, GREEDY.max_tokens, end)
             assert rollout.finish_reason == ("stop" if rollout.token_ids[-1] in end else "length")
 
@@ -71,7 +82,7 @@ def test_log_probs_are_those_of_transformers_under_the_temperature(
     model = adapted(tiny_model, 1)
     _send(engine, model, 1)
     for prompt, rollout in zip(
-        prompts(4), engine.generate(prompts(4), replace(DRAWN, temperature=temperature)), strict=True
+        prompts(4), _answers(engine, prompts(4), replace(DRAWN, temperature=temperature)), strict=True
     ):
         expected = log_probs(model, prompt.token_ids, rollout.token_ids, temperature)
         assert rollout.log_probs == pytest.approx(expected, abs=reference.TOLERANCE)
@@ -79,13 +90,13 @@ def test_log_probs_are_those_of_transformers_under_the_temperature(
 
 def test_the_same_seeds_give_the_same_answers_whoever_is_asked_beside(tiny_model: Path, engine: VllmEngine) -> None:
     _send(engine, adapted(tiny_model, 1), 1)
-    together = engine.generate(prompts(6, samples=2), DRAWN)
-    alone = [rollout for prompt in prompts(6, samples=2) for rollout in engine.generate([prompt], DRAWN)]
+    together = _answers(engine, prompts(6, samples=2), DRAWN)
+    alone = [rollout for prompt in prompts(6, samples=2) for rollout in _answers(engine, [prompt], DRAWN)]
     assert [r.token_ids for r in together] == [r.token_ids for r in alone]
     assert [(r.prompt, r.sample) for r in together] == [(n, s) for n in range(6) for s in range(2)]
     assert len({r.token_ids for r in together}) > 6  # the samples of a prompt differ
     other = [replace(prompt, seed=prompt.seed + 100) for prompt in prompts(6, samples=2)]
-    assert [r.token_ids for r in engine.generate(other, DRAWN)] != [r.token_ids for r in together]
+    assert [r.token_ids for r in _answers(engine, other, DRAWN)] != [r.token_ids for r in together]
 
 
 def test_each_version_that_is_sent_is_the_one_served(tiny_model: Path, engine: VllmEngine) -> None:
@@ -93,15 +104,16 @@ def test_each_version_that_is_sent_is_the_one_served(tiny_model: Path, engine: V
     for version in (1, 2, 3):
         model = adapted(tiny_model, version)
         weights = _send(engine, model, version)
-        probe = engine.probe(PROBE)
-        assert difference(weights, probe) is None
+        probe = _probe(engine)
+        assert difference(weights, engine.serves()) is None
         assert agrees(model, probe)
         assert not agrees(adapted(tiny_model, version + 1), probe)
         likeliest = reference.next_log_probs(model, PROBE).topk(PROBE_CHOICES).indices
         assert probe.token_ids == tuple(likeliest.tolist())
-        (rollout,) = engine.generate(prompts(1), GREEDY)
+        (rollout,) = _answers(engine, prompts(1), GREEDY)
         assert rollout.token_ids == greedy(model, prompts(1)[0].token_ids, 12, engine.stop_token_ids)
         assert rollout.policy_version == version
+        assert engine.generate(prompts(1), GREEDY, PROBE)[1] is None  # once
         folders.append(engine._adapter.lora_path)
     assert [Path(folder).exists() for folder in folders] == [False, False, True]
 
@@ -120,7 +132,7 @@ def test_an_engine_that_keeps_old_weights_is_found_out(
         patch.setattr(core, "remove_lora", lambda number: True)
         patch.setattr(engine, "_serial", kept - 1)  # the old one stands under the new one's number
         weights = _send(engine, adapted(tiny_model, 2), 2)
-        fault = difference(weights, engine.probe(PROBE))
+        fault = difference(weights, engine.serves())
     assert fault is not None
     assert "engine 0 serves tensors 0 instead of" in fault
 
@@ -129,11 +141,11 @@ def test_an_adapter_with_missing_tensors_is_found_out(tiny_model: Path, engine: 
     weights, tensors = adapter_weights(adapted(tiny_model, 3), 3)
     lost = next(iter(tensors))
     engine.take(weights, pack({name: tensor for name, tensor in tensors.items() if name != lost}))
-    fault = difference(weights, engine.probe(PROBE))
+    fault = difference(weights, engine.serves())
     assert fault is not None
     assert f"tensors {len(tensors) - 1} instead of {len(tensors)}" in fault
     engine.take(weights, pack({**tensors, lost: tensors[lost] * 1.001}))
-    fault = difference(weights, engine.probe(PROBE))
+    fault = difference(weights, engine.serves())
     assert fault is not None
     assert "digest" in fault
     assert "tensors" not in fault
@@ -148,7 +160,7 @@ def test_prompts_that_go_with_another_adapter_are_found_out(tiny_model: Path, en
     model = adapted(tiny_model, 5)
     weights = _send(engine, model, 5)
     engine._adapter = LoRARequest("kept", 10_000, str(old_folder))
-    fault = difference(weights, engine.probe(PROBE))
+    fault = difference(weights, engine.serves())
     assert fault is not None
     assert "engine 0 serves" in fault
 
@@ -160,10 +172,10 @@ def test_keys_and_values_of_old_weights_are_found_out(
 
     monkeypatch.setattr(kv_cache_utils, "_gen_lora_extra_hash_keys", lambda request: ["policy"])
     _send(engine, adapted(tiny_model, 6), 6)
-    engine.probe(PROBE)  # nothing stands under that key yet
+    _probe(engine)  # nothing stands under that key yet
     _send(engine, adapted(tiny_model, 7), 7)
     with pytest.raises(JobError, match="from keys and values of earlier weights"):
-        engine.probe(PROBE)
+        _probe(engine)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -172,7 +184,7 @@ def test_keys_and_values_of_old_weights_are_found_out(
 def test_a_prompt_that_passes_the_engines_length_is_refused(tiny_model: Path, engine: VllmEngine) -> None:
     _send(engine, adapted(tiny_model, 1), 1)
     with pytest.raises(RequestError, match=r"rollout.max_tokens: 254: with a prompt of 3 tokens"):
-        engine.generate(prompts(1), Sampling(max_tokens=254))
+        _answers(engine, prompts(1), Sampling(max_tokens=254))
 
 
 def test_a_rank_above_the_engines_limit_is_refused() -> None:
@@ -189,10 +201,10 @@ def test_whole_weights(tiny_model: Path, tmp_path: Path) -> None:
             model = noisy(tiny_model, version)
             weights, tensors = full_weights(model, version)
             engine.take(weights, tensors)
-            probe = engine.probe(PROBE)
-            assert difference(weights, probe) is None
+            probe = _probe(engine)
+            assert difference(weights, engine.serves()) is None
             assert agrees(model, probe)
-            (rollout,) = engine.generate(prompts(1), GREEDY)
+            (rollout,) = _answers(engine, prompts(1), GREEDY)
             assert rollout.token_ids == greedy(model, prompts(1)[0].token_ids, 12, engine.stop_token_ids)
     finally:
         engine.close()
@@ -216,13 +228,13 @@ def test_an_engine_of_two_processes_takes_weights_and_tells_which(
             model: Any = adapted(tiny_model, version) if kind == "adapter" else noisy(tiny_model, version)
             weights, tensors = (adapter_weights if kind == "adapter" else full_weights)(model, version)
             engine.take(weights, pack(tensors) if kind == "adapter" else tensors)
-            probe = engine.probe(PROBE)
-            assert difference(weights, probe) is None
+            probe = _probe(engine)
+            assert difference(weights, engine.serves()) is None
             assert agrees(model, probe)
             lost = sorted(tensors)[0]
             some = {name: tensor for name, tensor in tensors.items() if name != lost}
             if kind == "full":
                 engine.take(weights, some)
-                assert difference(weights, engine.probe(PROBE)) is not None
+                assert difference(weights, engine.serves()) is not None
     finally:
         engine.close()

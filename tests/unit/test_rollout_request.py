@@ -16,11 +16,12 @@ from rayloom.rollout.config import RolloutConfig
 from rayloom.rollout.digest import Digest, digest_of
 from rayloom.rollout.fleet import patience_of
 from rayloom.rollout.members import Members, _end_process
-from rayloom.rollout.request import BLOCK, EngineOptions, Probe, Weights, difference, probe_prompt
+from rayloom.rollout.request import BLOCK, EngineOptions, Probe, Served, Weights, difference, probe_prompt
 
 TENSORS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.ones(3, dtype=torch.bfloat16)}
 WEIGHTS = Weights(4, "adapter", None, 2, digest_of(TENSORS), {})
-PROBE = Probe(1, 4, 2, digest_of(TENSORS), (5,), (-0.5,))
+SERVED = Served(1, 4, 2, digest_of(TENSORS))
+PROBE = Probe(1, 4, (5,), (-0.5,))
 
 
 def test_a_digest_does_not_depend_on_the_order_of_tensors() -> None:
@@ -53,9 +54,9 @@ def test_a_view_has_the_digest_of_its_values() -> None:
 
 
 def test_the_difference_names_engine_and_what_differs() -> None:
-    assert difference(WEIGHTS, PROBE) is None
-    assert difference(WEIGHTS, replace(PROBE, version=3)) == "engine 1 serves version 3 instead of 4"
-    assert difference(WEIGHTS, replace(PROBE, count=1, digest="x")) == (
+    assert difference(WEIGHTS, SERVED) is None
+    assert difference(WEIGHTS, replace(SERVED, version=3)) == "engine 1 serves version 3 instead of 4"
+    assert difference(WEIGHTS, replace(SERVED, count=1, digest="x")) == (
         f"engine 1 serves tensors 1 instead of 2, digest x instead of {WEIGHTS.digest}"
     )
 

@@ -9,6 +9,7 @@ all examples of a batch, also where it needs no mask.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import Any
 
@@ -97,8 +98,8 @@ def _is_causal(module: Any, said: bool | None) -> bool:
     return bool(getattr(module, "is_causal", True) if said is None else said)
 
 
-class _LastMask:
-    """What was read of the mask that came last: every layer of a forward pass gets the same."""
+class _LastMask(threading.local):
+    """What was read of the mask that came last to this thread: every layer of a forward pass gets the same."""
 
     def __init__(self) -> None:
         self._mask: weakref.ref[torch.Tensor] | None = None

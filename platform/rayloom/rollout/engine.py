@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rayloom.errors import RequestError
 from rayloom.models.source import check_model_path
-from rayloom.rollout.request import EngineOptions, Probe, Prompt, Rollout, Sampling, Weights
+from rayloom.rollout.request import EngineOptions, Probe, Prompt, Rollout, Sampling, Served, Weights
 from rayloom.rollout.vllm_engine import VllmEngine
 
 
@@ -59,20 +59,23 @@ class Engine:
         process, created, node = self.identity()
         return Started(process, created, node, time.monotonic() - began, self._engine.stop_token_ids)
 
-    def sync(self, weights: Weights, prompt: tuple[int, ...]) -> Probe:
+    def sync(self, weights: Weights) -> Served:
         """Take weights and say what is served then."""
         import ray
 
         assert self._engine is not None
         tensors = ray.get(weights.tensors) if weights.tensors is not None else None
         self._engine.take(weights, tensors)
-        return self._engine.probe(prompt)
+        return self._engine.serves()
 
-    def generate(self, prompts: list[Prompt], sampling: Sampling) -> tuple[list[Rollout], float]:
-        """Answers, and the seconds that they took."""
+    def generate(
+        self, prompts: list[Prompt], sampling: Sampling, probe: tuple[int, ...]
+    ) -> tuple[list[Rollout], Probe | None, float]:
+        """Answers, what the probe says where they are the first with these weights, and the seconds that it took."""
         assert self._engine is not None
         began = time.monotonic()
-        return self._engine.generate(prompts, sampling), time.monotonic() - began
+        rollouts, said = self._engine.generate(prompts, sampling, probe)
+        return rollouts, said, time.monotonic() - began
 
     def close(self) -> None:
         """Remove what the engine has written."""

@@ -1,7 +1,8 @@
 """The fleet: one coordinator between the train workers and the engines.
 
     every rank -> Fleet.ask, collect -> split over the engines -> answers back, ordered by (prompt, sample)
-    rank 0     -> Fleet.sync         -> every engine, each checked -> probes, which the trainer compares with itself
+    rank 0     -> Fleet.sync         -> every engine, each checked
+                  Fleet.probes       <- what each computed beside its first prompts; the trainer compares it with itself
 
 Rounds and weights take their turn in the order in which they were first asked for, so a round is answered by exactly
 one policy version. Which engine answers a prompt depends on the prompts alone, not on who asked first.
@@ -21,7 +22,7 @@ from rayloom.errors import JobError, RequestError, first_line
 from rayloom.rollout.balance import split, work_of
 from rayloom.rollout.config import RolloutConfig
 from rayloom.rollout.members import LostError, Member, Members
-from rayloom.rollout.request import EngineOptions, Probe, Prompt, Rollout, Sampling, Weights
+from rayloom.rollout.request import EngineOptions, Probe, Prompt, Rollout, Sampling, Served, Weights
 
 _WORD_SECONDS = 60.0
 """For calls that the coordinator answers at once."""
@@ -47,8 +48,8 @@ class Fleet:
     """The coordinator, an actor without CPUs on the driver's node. Its methods are what a `FleetClient` calls."""
 
     def __init__(self, config: RolloutConfig, options: EngineOptions, probe_prompt: Sequence[int]) -> None:
-        self._config, self._probe_prompt = config, tuple(probe_prompt)
-        self._members = Members(config, options, self._probe_prompt)
+        self._config = config
+        self._members = Members(config, options, tuple(probe_prompt))
         self._turn = asyncio.Lock()  # first come, first served
         self._synced = asyncio.Condition()
         self._rounds: dict[int, _Round] = {}
@@ -154,25 +155,34 @@ class Fleet:
     async def _ask(self, member: Member, prompts: list[Prompt], sampling: Sampling) -> list[Rollout] | None:
         """An engine's answers; None: it is lost, and is being started again."""
         try:
-            rollouts, seconds = await member.call("generate", prompts, sampling, limit="generate_timeout")
+            probe = self._members.probe_prompt
+            rollouts, said, seconds = await member.call("generate", prompts, sampling, probe, limit="generate_timeout")
         except LostError as error:
             self._members.revive(member, str(error))
             return None
         member.seconds += seconds
+        if said is not None:
+            self._members.accept(said)
         return rollouts
 
     # --- weights ------------------------------------------------------------------------------------------------------
 
-    async def sync(self, weights: Weights) -> list[Probe]:
-        """Have all engines serve these weights, and check that they do.
+    async def sync(self, weights: Weights) -> list[Served]:
+        """Have all engines serve these weights, and check that they hold them.
 
         Raises:
             JobError: an engine serves something else.
         """
         async with self._turn:
-            probes = await self._members.sync(weights)
+            served = await self._members.sync(weights)
         async with self._synced:
             self._synced.notify_all()
+        return served
+
+    async def probes(self) -> list[Probe]:
+        """What engines have computed on the probe, each with the first prompts that it got after a sync, since the last
+        call."""
+        probes, self._members.probes = self._members.probes, []
         return probes
 
     async def wait_for(self, version: int) -> None:
@@ -189,6 +199,7 @@ class Fleet:
         await asyncio.gather(*(r.answers for r in rounds if r.answers is not None), return_exceptions=True)
         async with self._turn:
             await self._members.quiet()
+            self._members.probes = []
 
     # --- what happened ------------------------------------------------------------------------------------------------
 
@@ -277,13 +288,17 @@ class FleetClient:
         self._get(said, f"its word that it has the prompts of round {number}", _WORD_SECONDS)
         return Pending(number, rank, self)
 
-    def sync(self, weights: Weights) -> list[Probe]:
+    def sync(self, weights: Weights) -> list[Served]:
         """Send new weights, behind the rounds that were asked for. One rank does.
 
         Raises:
             JobError: an engine does not serve them.
         """
         return self._get(self.fleet.sync.remote(weights), f"the sync of version {weights.version}", self.patience)
+
+    def probes(self) -> list[Probe]:
+        """What engines computed on the probe since the last call (`Fleet.probes`)."""
+        return self._get(self.fleet.probes.remote(), "the probes", _WORD_SECONDS)
 
     def wait_for(self, version: int) -> None:
         """Wait until the engines serve a version that another rank sends."""

@@ -20,12 +20,13 @@ from rayloom.rollout.adapter_folders import sweep
 from rayloom.rollout.config import RolloutConfig
 from rayloom.rollout.engine import Engine
 from rayloom.rollout.health import Health, State
-from rayloom.rollout.request import EngineOptions, Probe, Weights, difference
+from rayloom.rollout.request import EngineOptions, Probe, Served, Weights, difference
 from rayloom.rollout.vllm_engine import process_environment
 
 _RESOURCES_SECONDS = 30.0
-_SAME = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.05}
-"""By how much log-probabilities of two engines with the same weights may differ."""
+_SAME = {"fp32": 1e-3, "bf16": 0.3, "fp16": 0.3}
+"""By how much log-probabilities of two engines with the same weights may differ: each computes the probe in a batch of
+another shape, and a logit of 16 has steps of 0.125 in bf16."""
 
 
 class LostError(Exception):
@@ -100,15 +101,19 @@ class Members:
     """All engines, and the weights that they are to serve."""
 
     def __init__(self, config: RolloutConfig, options: EngineOptions, probe_prompt: tuple[int, ...]) -> None:
-        self._config, self._options, self._probe_prompt = config, options, probe_prompt
+        self._config, self._options, self.probe_prompt = config, options, probe_prompt
         self.all = [Member(number, config) for number in range(config.engines)]
         self.events: list[dict[str, Any]] = []
         self.checked_version: int | None = None
         """Which all engines serve; None: nothing, or a sync is under way."""
         self._group: PlacementGroup | None = None
         self._weights: Weights | None = None
-        self._probes: dict[int, Probe] = {}
+        self._served: dict[int, Served] = {}
         """What each engine has said of these weights."""
+        self._accepted: Probe | None = None
+        """What the first engine that was asked computed with them."""
+        self.probes: list[Probe] = []
+        """What engines computed, and nobody has asked for yet."""
         self._restarts = self._syncs = 0
         self._sync_seconds = 0.0
         self._failure: BaseException | None = None
@@ -146,13 +151,13 @@ class Members:
             raise self._failure
         return healthy
 
-    async def sync(self, weights: Weights) -> list[Probe]:
+    async def sync(self, weights: Weights) -> list[Served]:
         """All engines take the weights, also those that are being started."""
         began = time.monotonic()
         await self._revivals()
         if weights.kind == "adapter":  # an own copy, which a trainer that dies does not take along
             weights = replace(weights, tensors=ray.put(await _result(weights.tensors)))
-        self._weights, self._probes, self.checked_version = weights, {}, None
+        self._weights, self._served, self._accepted, self.checked_version = weights, {}, None, None
         for member in self.all:
             if member.health.state in (State.HEALTHY, State.STALE):
                 member.health = member.health.outdated()
@@ -170,7 +175,7 @@ class Members:
         self.checked_version = weights.version
         self._syncs += 1
         self._sync_seconds += time.monotonic() - began
-        return [self._probes[member.number] for member in self.all]  # also of those that were started again meanwhile
+        return [self._served[member.number] for member in self.all]  # also of those that were started again meanwhile
 
     async def _revivals(self) -> None:
         """Wait until no engine is being started again; one may die anew meanwhile.
@@ -238,23 +243,32 @@ class Members:
         if member.revival is asyncio.current_task():
             member.revival = None
 
-    async def _give(self, member: Member) -> Probe:
+    async def _give(self, member: Member) -> Served:
         """Have an engine take the weights; from then on it may be asked.
 
         Raises:
-            JobError: it serves something else, or answers otherwise than the others.
+            JobError: it serves something else.
         """
         weights = self._weights
         assert weights is not None
-        probe: Probe = await member.call("sync", weights, self._probe_prompt, limit="sync_timeout")
-        fault = difference(weights, probe)
-        if fault is None and self._probes:
-            fault = self._deviation(probe, next(iter(self._probes.values())))
-        if fault is not None:
+        served: Served = await member.call("sync", weights, limit="sync_timeout")
+        if (fault := difference(weights, served)) is not None:
             raise JobError(f"policy version {weights.version} did not arrive: {fault}")
-        self._probes[member.number] = probe
+        self._served[member.number] = served
         member.serves(weights.version)
-        return probe
+        return served
+
+    def accept(self, probe: Probe) -> None:
+        """Take what an engine has computed with the weights of now.
+
+        Raises:
+            JobError: it answers otherwise than another with the same weights.
+        """
+        if self._accepted is None:
+            self._accepted = probe
+        elif (fault := self._deviation(probe, self._accepted)) is not None:
+            raise JobError(f"policy version {probe.version}: {fault}")
+        self.probes.append(probe)
 
     def _deviation(self, probe: Probe, accepted: Probe) -> str | None:
         """How an engine's answer to the probe differs from another's with the same weights."""

@@ -124,8 +124,8 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Probe:
-    """What an engine says of the weights that it serves."""
+class Served:
+    """Which weights an engine serves, by what it holds in its memory."""
 
     engine: int
     version: int
@@ -133,6 +133,15 @@ class Probe:
     """Tensors that it has taken."""
     digest: str
     """Of what it has taken, as `Weights.digest`."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What an engine computes with the weights that it serves. It is answered beside the first prompts that come after
+    them, so that a sync does not wait for a pass through the model."""
+
+    engine: int
+    version: int
     token_ids: tuple[int, ...]
     """(choices,) the likeliest tokens behind the probe prompt under these weights, the likeliest first."""
     log_probs: tuple[float, ...]
@@ -141,13 +150,13 @@ class Probe:
 
 def probe_prompt(token_ids: tuple[int, ...]) -> tuple[int, ...]:
     """A prompt for probes: the ids given, repeated or cut so that they fill a block of the prefix cache, where a stale
-    one would show, and no more, since every sync waits for it."""
+    one would show, and no more."""
     return (token_ids * -(-(BLOCK + 1) // len(token_ids)))[: BLOCK + 1]
 
 
-def difference(weights: Weights, probe: Probe) -> str | None:
+def difference(weights: Weights, served: Served) -> str | None:
     """How what an engine serves differs from what was sent; None: it does not."""
     sent = {"version": weights.version, "tensors": weights.count, "digest": weights.digest}
-    serves = {"version": probe.version, "tensors": probe.count, "digest": probe.digest}
+    serves = {"version": served.version, "tensors": served.count, "digest": served.digest}
     faults = [f"{name} {serves[name]} instead of {sent[name]}" for name in sent if serves[name] != sent[name]]
-    return f"engine {probe.engine} serves " + ", ".join(faults) if faults else None
+    return f"engine {served.engine} serves " + ", ".join(faults) if faults else None

@@ -12,7 +12,17 @@ from rayloom.models.source import model_folder
 from rayloom.rollout.adapter_folders import AdapterFolders, adapter_rank_limit, pack, stored_tensors
 from rayloom.rollout.digest import Digest, digest_of
 from rayloom.rollout.one_adapter import use_one_adapter
-from rayloom.rollout.request import BLOCK, PROBE_CHOICES, EngineOptions, Probe, Prompt, Rollout, Sampling, Weights
+from rayloom.rollout.request import (
+    BLOCK,
+    PROBE_CHOICES,
+    EngineOptions,
+    Probe,
+    Prompt,
+    Rollout,
+    Sampling,
+    Served,
+    Weights,
+)
 
 VERSION = "0.32"
 """The vLLM that this file was written for: its calls for weights change between minor versions."""
@@ -104,23 +114,37 @@ class VllmEngine:
         ids = {*own, tokenizer, *self._options.stop_token_ids} - {None}
         return tuple(sorted(ids))
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, probe: Sequence[int]
+    ) -> tuple[list[Rollout], Probe | None]:
         """Answer prompts, ordered by (prompt as given, sample). What an answer is depends on its seed, not on the
         others, but for the rounding of sums in batches of another size.
 
+        Args:
+            probe: a prompt that goes before the others, where they are the first with these weights; at least a block
+                of the prefix cache long (`request.probe_prompt`).
+
+        Returns:
+            The answers, and the likeliest tokens behind the probe; None: it was answered before.
+
         Raises:
-            JobError: it has no weights yet.
+            JobError: it has no weights yet, or keys and values of old ones are in use.
             RequestError: a prompt is too long.
         """
         if self._version is None:
             raise JobError(f"engine {self._number} was asked before it had any weights")
         self._options.check_lengths(prompts, sampling)
         asked = [(prompt, sample) for prompt in prompts for sample in range(prompt.samples)]
+        first = [probe] if self._new else []
         outputs = self._ask(
-            [prompt.token_ids for prompt, _ in asked],
-            [self._parameters(sampling, seed=prompt.seed + sample) for prompt, sample in asked],
+            [*first, *(prompt.token_ids for prompt, _ in asked)],
+            [
+                *(self._parameters(Sampling(1, temperature=0), choices=PROBE_CHOICES) for _ in first),
+                *(self._parameters(sampling, seed=prompt.seed + sample) for prompt, sample in asked),
+            ],
         )
-        return [
+        said = self._probed(outputs.pop(0)) if first else None
+        rollouts = [
             Rollout(
                 prompt=prompt.number,
                 sample=sample,
@@ -132,6 +156,7 @@ class VllmEngine:
             )
             for (prompt, sample), answer in zip(asked, (output.outputs[0] for output in outputs), strict=True)
         ]
+        return rollouts, said
 
     def take(self, weights: Weights, tensors: Any) -> None:
         """Serve these weights from now on.
@@ -148,22 +173,18 @@ class VllmEngine:
             self._llm.reset_prefix_cache()  # its keys do not say of which weights they are
         self._version, self._new = weights.version, True
 
-    def probe(self, prompt: Sequence[int]) -> Probe:
-        """What it serves: count and digest of the tensors that are there, and the likeliest tokens behind a prompt.
-
-        Args:
-            prompt: at least a block of the prefix cache long (`request.probe_prompt`).
-
-        Raises:
-            JobError: keys and values of old weights are in use.
-        """
+    def serves(self) -> Served:
+        """Count and digest of the tensors that are there."""
         assert self._version is not None
         count, digest = self._loaded
         if self._adapter is not None:
             there = (self._adapter.lora_int_id, self._adapter.lora_path)
             count, digest = min(self._llm.collective_rpc(_held, args=there))  # of several workers the worst
-        (output,) = self._ask([prompt], [self._parameters(Sampling(1, temperature=0), choices=PROBE_CHOICES)])
-        if self._new and output.num_cached_tokens:
+        return Served(self._number, self._version, count, digest)
+
+    def _probed(self, output: Any) -> Probe:
+        assert self._version is not None
+        if output.num_cached_tokens:
             raise JobError(
                 f"engine {self._number} answered policy version {self._version} from keys and values of earlier "
                 f"weights ({output.num_cached_tokens} tokens of its prefix cache)"
@@ -171,9 +192,7 @@ class VllmEngine:
         self._new = False
         said = {token: one.logprob for token, one in output.outputs[0].logprobs[0].items()}
         likeliest = sorted(said, key=lambda token: -said[token])[:PROBE_CHOICES]
-        return Probe(
-            self._number, self._version, count, digest, tuple(likeliest), tuple(said[token] for token in likeliest)
-        )
+        return Probe(self._number, self._version, tuple(likeliest), tuple(said[token] for token in likeliest))
 
     def close(self) -> None:
         """Remove what it has written."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -55,9 +56,8 @@ class TrainedPositions:
     """
 
     def __init__(self, model: Any, skip: int = 0) -> None:
-        self._positions: torch.Tensor | None = None
-        self._skip = self._ahead = skip
-        self._take: Callable[[torch.Tensor], None] | None = None
+        self._skip = skip
+        self._chosen = _Chosen()
         model.get_output_embeddings().register_forward_pre_hook(self._choose)
 
     def choose(
@@ -67,20 +67,29 @@ class TrainedPositions:
         adapted: bool = True,
         take: Callable[[torch.Tensor], None] | None = None,
     ) -> None:
-        """Positions (kept,) of the next forward pass, in the flattened (batch * length); None: all of them.
+        """Positions (kept,) of this thread's next forward pass, in the flattened (batch * length); None: all of them.
 
         Args:
             adapted: whether the method's virtual tokens are there, and not switched off.
             take: gets the hidden states (kept, size), of which the output layer then sees the first only, once.
         """
-        self._positions, self._take = positions, take
-        self._ahead = self._skip if adapted else 0
+        self._chosen.positions, self._chosen.take = positions, take
+        self._chosen.ahead = self._skip if adapted else 0
 
     def _choose(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        if self._positions is None:
+        chosen = self._chosen
+        if chosen.positions is None:
             return None
-        hidden = inputs[0][:, self._ahead :].flatten(0, 1)[self._positions]
-        if self._take is not None:
-            self._take(hidden)
-            self._positions, hidden = None, hidden[:1]
+        hidden = inputs[0][:, chosen.ahead :].flatten(0, 1)[chosen.positions]
+        if chosen.take is not None:
+            chosen.take(hidden)
+            chosen.positions, hidden = None, hidden[:1]
         return (hidden.unsqueeze(0), *inputs[1:])
+
+
+class _Chosen(threading.local):
+    """What was chosen last, of each thread by itself: rows may go through a model side by side."""
+
+    positions: torch.Tensor | None = None
+    take: Callable[[torch.Tensor], None] | None = None
+    ahead: int = 0

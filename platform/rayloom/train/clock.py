@@ -33,6 +33,11 @@ class StepClock(transformers.TrainerCallback):
         finally:
             self._end()
 
+    def move(self, seconds: float, of: str, to: str) -> None:
+        """Count to one part what was counted to another, within which it ran."""
+        self._seconds[of] -= seconds
+        self._seconds[to] += seconds
+
     def _begin(self, name: str) -> None:
         self._pause()
         self._open.append((name, time.perf_counter()))

@@ -8,7 +8,7 @@ on GPUs, https://arxiv.org/abs/2410.10989). No product is computed twice.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -60,12 +60,22 @@ class FrozenHeadLoss:
         }
 
     def __call__(self, outputs: Any, labels: torch.Tensor, *, num_items_in_batch: torch.Tensor) -> torch.Tensor:
+        if "summed" in outputs:  # by `rayloom.train.row_threads`
+            return cast(torch.Tensor, outputs["summed"]) / num_items_in_batch
         assert self._hidden is not None
         hidden, self._hidden = self._hidden, None
         with torch.autocast(**self._autocast):
-            summed: Any = _Summed.apply
-            total: torch.Tensor = summed(hidden, labels[0], self._sum)
-        return total / num_items_in_batch
+            return self.summed(hidden, labels[0]) / num_items_in_batch
+
+    def summed(self, hidden: torch.Tensor, labels: torch.Tensor, threads: int = 1) -> torch.Tensor:
+        """The losses of hidden states (kept, size) with labels (kept,), added up.
+
+        Args:
+            threads: that do so at a time: each has a share of the positions whose logits stand.
+        """
+        summed: Any = _Summed.apply
+        total: torch.Tensor = summed(hidden, labels, self._sum, max(1, _CHUNK // threads))
+        return total
 
     def _sum(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return self._loss(self._head(hidden), labels).sum()
@@ -75,11 +85,11 @@ class _Summed(torch.autograd.Function):
     """The sum of a function over chunks of rows; its gradient is computed with it."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, of_chunk: Any) -> torch.Tensor:
+    def forward(ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, of_chunk: Any, size: int) -> torch.Tensor:
         gradient = torch.empty_like(hidden)
         sums = []
-        for start in range(0, len(hidden), _CHUNK):
-            part = slice(start, start + _CHUNK)
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
             with torch.enable_grad():
                 chunk = hidden[part].detach().requires_grad_()
                 value = of_chunk(chunk, labels[part])
@@ -91,4 +101,4 @@ class _Summed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0].to(gradient.dtype), None, None
+        return gradient * gradients[0].to(gradient.dtype), None, None, None

@@ -12,7 +12,6 @@ import torch
 from rayloom.errors import JobError
 from rayloom.models.precision import Precision
 from rayloom.rollout.fleet import FleetClient
-from rayloom.rollout.request import Probe
 from rayloom.rollout.weights import POLICY, policy_tensors, weights_to_send
 from rayloom.train.collective import from_first_rank
 
@@ -32,15 +31,17 @@ class PolicySync:
         self._client, self._is_first_rank = client, is_first_rank
         self._tolerance = _TOLERANCE.get(precision, _ROUGH)
         self._served: int | None = None
-        self._probes: list[Probe] = []  # of the last sync, that have not been compared with the trainer yet; rank 0's
+        self._own: dict[int, torch.Tensor] = {}
+        """Of the last versions served, the last one first: what the policy says comes behind the probe."""
         self.seconds = 0.0
         """Of the last sync, from the trainer's weights to the last engine's proof, and of the comparison."""
         self.difference = 0.0
-        """Between the engines' and the trainer's log-probabilities of the probe, the largest mean of an engine."""
+        """Between the engines' and the trainer's log-probabilities of the probe, the largest mean of an engine, when
+        they were compared last."""
 
     def serve(self, version: int, model: Any) -> None:
-        """Return when all engines serve the model's weights as `version`: each has told how many tensors it holds,
-        which, and what follows a probe. Every rank calls it.
+        """Return when all engines serve the model's weights as `version`: each has told how many tensors it holds, and
+        which. Every rank calls it.
 
         Raises:
             JobError: an engine does not answer, or does not serve what it was given.
@@ -51,31 +52,34 @@ class PolicySync:
         tensors = policy_tensors(model, keep=self._is_first_rank)
         if self._is_first_rank:
             adapter = plain_config(model.peft_config[POLICY].to_dict()) if hasattr(model, "peft_config") else None
-            self._probes = self._client.sync(weights_to_send(version, tensors, adapter))
+            self._client.sync(weights_to_send(version, tensors, adapter))
         else:  # here, and not in the next collective call: engines may need longer than `train.collective_timeout`
             self._client.wait_for(version)
         self._served, self.seconds = version, time.monotonic() - started
 
     def compare(self, next_log_probs: NextLogProbs) -> None:
-        """See whether the engines computed on the probe what the model computes with the weights that they serve: once
-        for each version, before anything is learnt from its answers. Every rank calls it.
+        """See whether the engines computed on the probe what the model computes with the weights that they serve. An
+        engine answers it with its first prompts after a sync; so this is called behind a round's answers, and before
+        anything is learnt from them. Every rank calls it, before the weights change.
 
         Raises:
             JobError: one does not.
         """
+        assert self._served is not None
         started = time.monotonic()
-        probes = from_first_rank([(one.engine, one.token_ids, one.log_probs) for one in self._probes])
-        self._probes = []
-        if not probes:
-            return
-        own, self.difference = next_log_probs(self._client.probe_prompt), 0.0
-        for engine, token_ids, said in probes:
-            difference = float((own[list(token_ids)] - torch.tensor(said)).abs().mean())
+        if self._served not in self._own:
+            # Rounds that were asked ahead are answered by the version before, which nothing is asked of afterwards.
+            self._own = {self._served: next_log_probs(self._client.probe_prompt), **dict(list(self._own.items())[:1])}
+        probes = from_first_rank(self._client.probes() if self._is_first_rank else [])
+        self.difference = 0.0 if probes else self.difference
+        for probe in probes:
+            own = self._own[probe.version][list(probe.token_ids)]
+            difference = float((own - torch.tensor(probe.log_probs)).abs().mean())
             self.difference = max(self.difference, difference)
-            if difference > self._tolerance:
+            if not difference <= self._tolerance:  # also where it is no number
                 raise JobError(
-                    f"engine {engine} does not compute what the trainer computes: with the weights of version "
-                    f"{self._served} the log-probabilities of a probe differ by {difference:.3g} on average, and may "
+                    f"engine {probe.engine} does not compute what the trainer computes: with the weights of version "
+                    f"{probe.version} the log-probabilities of a probe differ by {difference:.3g} on average, and may "
                     f"by {self._tolerance:g}"
                 )
         self.seconds += time.monotonic() - started

@@ -41,6 +41,7 @@ from rayloom.train.meter import BatchCount, StepCount, StreamMeter
 from rayloom.train.monitor import answer
 from rayloom.train.own_settings import OwnSettings
 from rayloom.train.reshard import fitting_checkpoint
+from rayloom.train.row_threads import RowThreads, divides_rows
 from rayloom.train.schedule import ProgressSchedule, learning_rate_factor
 
 
@@ -89,6 +90,10 @@ class StreamTrainer(transformers.Trainer):
         self._set_names = set_names
         self._eval_names = eval_names
         self._trained_positions = TrainedPositions(kw["model"], skip=virtual_tokens(kw["model"]))
+        self._row_threads: RowThreads | None = None
+        if divides_rows(kw["model"], self.compute_loss_func, noise=self.args.neftune_noise_alpha is not None):
+            assert isinstance(self.compute_loss_func, FrozenHeadLoss)
+            self._row_threads = RowThreads(kw["model"], self.compute_loss_func, self._trained_positions)
         self._saved_step = -1
         self._clock = StepClock()
         self._row_clock = RowClock(self._clock)
@@ -195,6 +200,11 @@ class StreamTrainer(transformers.Trainer):
         self.meter.skipped_steps += 1
 
     def _loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
+        threads = self._row_threads
+        if threads is not None and threads.parts(inputs) > 1:
+            divided = super().compute_loss(model, inputs, *args, **kwargs)
+            self._clock.move(threads.backward_seconds, "forward", "backward")
+            return divided
         loss = self.compute_loss_func
         take = loss.take if isinstance(loss, FrozenHeadLoss) else None
         self._trained_positions.choose(inputs.pop("positions"), take=take)
