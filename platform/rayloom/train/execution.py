@@ -11,7 +11,6 @@ import json
 import platform
 import threading
 import time
-from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -68,7 +67,7 @@ class Execution:
         """Train; return what `result.json` holds. On the way: metrics to file and screen, signals to the workers.
 
         Raises:
-            RequestError: a worker refused the request; nothing was written.
+            RequestError: a worker refused the request before anything was trained; nothing was written.
             JobError: the job failed.
         """
         thread = threading.Thread(target=self._fit, daemon=True)
@@ -241,22 +240,27 @@ class Execution:
     def _failure(self, error: BaseException | None) -> Exception:
         run = self._work.run
         if self._refused is not None:
-            run.undo()
-            return self._refused
+            if not self._trains and not self._has_checkpoint():
+                run.undo()
+                return self._refused
+            error = self._refused  # it came late: what was trained until then is kept
         trace = str(error) if isinstance(error, JobError | RequestError) else f"{type(error).__name__}: {error}"
         text = self._failed or trace[-4000:]
         if not self._trains and run.replaced is not None:
             run.undo()
             return JobError(f"{self._work.job.name} failed before its first step. {text}\nThe earlier run is kept")
-        hint = ""
-        with suppress(RequestError):  # a storage that refuses cannot be asked either
-            if run.latest_checkpoint() is not None:
-                hint = "\nThe last checkpoint is kept: resume=true goes on from it"
+        hint = "\nThe last checkpoint is kept: resume=true goes on from it" if self._has_checkpoint() else ""
         try:
             self._write({"status": "failed", "error": text})
         except JobError as error_of_storage:
             hint += f"\n{error_of_storage}"
         return JobError(f"{self._work.job.name} failed. {text}{hint}")
+
+    def _has_checkpoint(self) -> bool:
+        try:
+            return self._work.run.latest_checkpoint() is not None
+        except RequestError:  # a storage that refuses cannot be asked either
+            return False
 
     def _finish(self, summary: dict[str, Any]) -> dict[str, Any]:
         run, names = self._work.run, [data_set.name for data_set in self._work.plan.sets]

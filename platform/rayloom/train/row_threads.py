@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any
@@ -29,18 +30,16 @@ _LARGEST_SHARE = 0.1
 """Of the model's parameters that train: more are not divided."""
 
 
-def divides_rows(model: Any, loss: Any, *, noise: bool) -> bool:
+def divides_rows(model: Any, device: torch.device, *, noise: bool) -> bool:
     """Whether a model's batches may be computed by `RowThreads`.
 
     Args:
-        loss: what the trainer computes the loss by.
+        device: that the model trains on.
         noise: whether the stage draws random numbers within the model.
     """
-    if noise or not isinstance(loss, FrozenHeadLoss) or torch.get_num_threads() < 2:
+    if noise or device.type != "cpu" or torch.get_num_threads() < 2:
         return False
     sizes = [(one.numel(), one.requires_grad) for one in model.parameters()]
-    if any(one.device.type != "cpu" or hasattr(one, "ds_id") for one in model.parameters()):
-        return False
     trained = sum(size for size, trains in sizes if trains)
     return trained <= _LARGEST_SHARE * sum(size for size, _ in sizes) and not _drops(model)
 
@@ -49,10 +48,16 @@ def _drops(model: Any) -> bool:
     """Whether something of a batch is left out by chance: a layer of its own, or a rate that the model's code reads."""
     if any(isinstance(one, torch.nn.modules.dropout._DropoutNd) and one.p > 0 for one in model.modules()):
         return True
-    rates = model.config.to_dict() if hasattr(model, "config") else {}
-    return any(
-        isinstance(rate, float) and rate > 0 and ("drop" in name or "jitter" in name) for name, rate in rates.items()
-    )
+    return any(rate > 0 for name, rate in _rates(model.config.to_dict()) if "drop" in name or "jitter" in name)
+
+
+def _rates(config: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """The fractions in a model's configuration, also those of its parts."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _rates(value)
+        elif isinstance(value, float):
+            yield name, value
 
 
 class RowThreads:

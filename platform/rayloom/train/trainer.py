@@ -91,9 +91,9 @@ class StreamTrainer(transformers.Trainer):
         self._eval_names = eval_names
         self._trained_positions = TrainedPositions(kw["model"], skip=virtual_tokens(kw["model"]))
         self._row_threads: RowThreads | None = None
-        if divides_rows(kw["model"], self.compute_loss_func, noise=self.args.neftune_noise_alpha is not None):
-            assert isinstance(self.compute_loss_func, FrozenHeadLoss)
-            self._row_threads = RowThreads(kw["model"], self.compute_loss_func, self._trained_positions)
+        noise, loss = self.args.neftune_noise_alpha is not None, self.compute_loss_func
+        if isinstance(loss, FrozenHeadLoss) and divides_rows(kw["model"], self.args.device, noise=noise):
+            self._row_threads = RowThreads(kw["model"], loss, self._trained_positions)
         self._saved_step = -1
         self._clock = StepClock()
         self._row_clock = RowClock(self._clock)
