@@ -140,6 +140,11 @@ def test_which_jobs():
     assert not divides_rows(model, torch.device("cuda"), noise=False)
     assert not divides_rows(_model(dropout=0.1), cpu, noise=False)
     assert not divides_rows(_model(attention_dropout=0.1), cpu, noise=False)
+    follows = _model(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    assert not divides_rows(follows, cpu, noise=False)
+    turned = peft.get_peft_model(small_model("Llama"), peft.OFTConfig(oft_block_size=4, target_modules=["q_proj"]))
+    assert not divides_rows(turned, cpu, noise=False)
+    assert not divides_rows(small_model("Llama").requires_grad_(False), cpu, noise=False)
     for one in model.get_base_model().model.layers.parameters():
         one.requires_grad_()
     assert not divides_rows(model, cpu, noise=False)

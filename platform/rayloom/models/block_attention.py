@@ -79,9 +79,9 @@ class _Layout:
     """Keys of a block that come behind a query of it."""
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def _layout(sizes: Sizes, heads: int, shared: int) -> _Layout:
-    """One serves all layers of a pass."""
+    """One serves all layers of a pass; there may be several passes at a time."""
     of_length: dict[int, list[tuple[int, int]]] = {}
     tokens = 0
     for size, is_example in sizes:

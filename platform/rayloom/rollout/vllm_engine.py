@@ -284,7 +284,6 @@ def _held(worker: Any, number: int, folder: str) -> tuple[int, str]:
     together (q, k and v).
     """
     import torch
-    from vllm.lora.lora_weights import LoRALayerWeights
     from vllm.lora.peft_helper import PEFTHelper
     from vllm.lora.utils import parse_fine_tuned_lora_name
 
@@ -310,7 +309,7 @@ def _held(worker: Any, number: int, folder: str) -> tuple[int, str]:
         wanted = tensor.to(runner.lora_config.lora_dtype)
         if not is_a:
             own_name, _ = parse_fine_tuned_lora_name(name)
-            wanted = wanted * LoRALayerWeights.from_config(module, helper, own_name).scaling
+            wanted = wanted * helper.get_rank_and_scaling(own_name)[1]
         if there is not None and torch.equal(there, wanted):
             held[name] = tensor
     return len(held), digest_of(held)

@@ -240,27 +240,32 @@ class Execution:
     def _failure(self, error: BaseException | None) -> Exception:
         run = self._work.run
         if self._refused is not None:
-            if not self._trains and not self._has_checkpoint():
+            if not self._trains and (run.existed or not self._has_checkpoint(unknown=True)):
                 run.undo()
                 return self._refused
-            error = self._refused  # it came late: what was trained until then is kept
+            self._failed = str(self._refused)  # it came late: what was trained until then is kept
         trace = str(error) if isinstance(error, JobError | RequestError) else f"{type(error).__name__}: {error}"
         text = self._failed or trace[-4000:]
         if not self._trains and run.replaced is not None:
             run.undo()
             return JobError(f"{self._work.job.name} failed before its first step. {text}\nThe earlier run is kept")
-        hint = "\nThe last checkpoint is kept: resume=true goes on from it" if self._has_checkpoint() else ""
+        hint = (
+            "\nThe last checkpoint is kept: resume=true goes on from it" if self._has_checkpoint(unknown=False) else ""
+        )
         try:
             self._write({"status": "failed", "error": text})
         except JobError as error_of_storage:
             hint += f"\n{error_of_storage}"
         return JobError(f"{self._work.job.name} failed. {text}{hint}")
 
-    def _has_checkpoint(self) -> bool:
+    def _has_checkpoint(self, *, unknown: bool) -> bool:
+        """Args:
+        unknown: the answer where a storage that refuses cannot be asked either.
+        """
         try:
             return self._work.run.latest_checkpoint() is not None
-        except RequestError:  # a storage that refuses cannot be asked either
-            return False
+        except RequestError:
+            return unknown
 
     def _finish(self, summary: dict[str, Any]) -> dict[str, Any]:
         run, names = self._work.run, [data_set.name for data_set in self._work.plan.sets]

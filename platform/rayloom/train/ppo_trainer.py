@@ -377,6 +377,8 @@ class PpoTrainer(HeadTrainer):
     def _gather_ahead(self) -> None:
         """Put the rounds that have been answered ahead together, on every rank."""
         parts = of_all_ranks(self._reader.answered_ahead() if self._reader else [])
+        if self._reader:  # what is kept was answered by engines that compute what this version of the policy does
+            self._compare_with_engines()
         self._state.ahead = [whole_round(of_round) for of_round in zip(*parts, strict=False)]
 
     def _saved_meter(self) -> StreamMeter:

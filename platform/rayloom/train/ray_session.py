@@ -25,7 +25,12 @@ _ENVIRONMENT = {
     # Ray Train's controller does so.
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
 }
-_VARIABLES = {"TOKENIZERS_PARALLELISM": "false"}
+_VARIABLES = {
+    "TOKENIZERS_PARALLELISM": "false",
+    # One heap for all threads: glibc gives each its own, and a worker's training thread then keeps a fifth more memory
+    # than it uses (tests/bench/NOTES.md).
+    "MALLOC_ARENA_MAX": "1",
+}
 # Set where Ray Jobs started this driver; says which runtime environment the job already has.
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 

@@ -23,15 +23,19 @@ from typing import Any
 
 import torch
 
+from rayloom.models.packed_attention import NAME
 from rayloom.train.batch import Batch, TrainedPositions
 from rayloom.train.frozen_head import FrozenHeadLoss
 
 _LARGEST_SHARE = 0.1
 """Of the model's parameters that train: more are not divided."""
+_FOLLOW = ("dynamic", "longrope")
+"""Rotary embeddings whose frequencies, a part of the model, are those of the longest row that came last."""
 
 
 def divides_rows(model: Any, device: torch.device, *, noise: bool) -> bool:
-    """Whether a model's batches may be computed by `RowThreads`.
+    """Whether a model's batches may be computed by `RowThreads`: it keeps nothing of one pass for the next, and draws
+    no random numbers.
 
     Args:
         device: that the model trains on.
@@ -39,25 +43,33 @@ def divides_rows(model: Any, device: torch.device, *, noise: bool) -> bool:
     """
     if noise or device.type != "cpu" or torch.get_num_threads() < 2:
         return False
+    adapters = getattr(model, "peft_config", {}).values()
+    if not adapters or any(one.peft_type != "LORA" for one in adapters):
+        return False  # some methods write into their weights as they compute
+    config = model.config.to_dict()
+    # What takes its attention from the registry has no recurrent state; some rotary embeddings follow the last batch.
+    is_stateless = model.config._attn_implementation == NAME
+    follows = any(kind in str(value) for name, value in _values(config) if "type" in name for kind in _FOLLOW)
     sizes = [(one.numel(), one.requires_grad) for one in model.parameters()]
-    trained = sum(size for size, trains in sizes if trains)
-    return trained <= _LARGEST_SHARE * sum(size for size, _ in sizes) and not _drops(model)
+    is_small = sum(size for size, trains in sizes if trains) <= _LARGEST_SHARE * sum(size for size, _ in sizes)
+    return is_stateless and not follows and is_small and not _drops(model, [config, *map(vars, adapters)])
 
 
-def _drops(model: Any) -> bool:
-    """Whether something of a batch is left out by chance: a layer of its own, or a rate that the model's code reads."""
+def _drops(model: Any, configs: list[dict[str, Any]]) -> bool:
+    """Whether something of a batch is left out by chance: a layer of its own, or a rate that some code reads."""
     if any(isinstance(one, torch.nn.modules.dropout._DropoutNd) and one.p > 0 for one in model.modules()):
         return True
-    return any(rate > 0 for name, rate in _rates(model.config.to_dict()) if "drop" in name or "jitter" in name)
+    rates = ((name, value) for config in configs for name, value in _values(config) if isinstance(value, float))
+    return any(rate > 0 for name, rate in rates if "drop" in name or "jitter" in name)
 
 
-def _rates(config: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """The fractions in a model's configuration, also those of its parts."""
+def _values(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Of a configuration and its parts."""
     for name, value in config.items():
         if isinstance(value, dict):
-            yield from _rates(value)
-        elif isinstance(value, float):
-            yield name, value
+            yield from _values(value)
+        else:
+            yield str(name), value
 
 
 class RowThreads:
@@ -150,10 +162,14 @@ def _forward(threads: RowThreads, *args: Any, **inputs: Any) -> Any:
 
 
 def _sum(gradients: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:
-    total = None
-    for one in gradients:
-        total = one if total is None or one is None else total + one
-    return total
+    """In float32: those of 16 bits are rounded once."""
+    there = [one for one in gradients if one is not None]
+    if not there:
+        return None
+    total = there[0].to(torch.promote_types(there[0].dtype, torch.float32))
+    for one in there[1:]:
+        total = total + one
+    return total.to(there[0].dtype)
 
 
 class _Divided(torch.autograd.Function):
