@@ -52,7 +52,12 @@ def divides_rows(model: Any, device: torch.device, *, noise: bool) -> bool:
     follows = any(kind in str(value) for name, value in _values(config) if "type" in name for kind in _FOLLOW)
     sizes = [(one.numel(), one.requires_grad) for one in model.parameters()]
     is_small = sum(size for size, trains in sizes if trains) <= _LARGEST_SHARE * sum(size for size, _ in sizes)
-    return is_stateless and not follows and is_small and not _drops(model, [config, *map(vars, adapters)])
+    return (
+        is_stateless
+        and not follows
+        and is_small
+        and not _drops(model, [config, *(dict(vars(one)) for one in adapters)])
+    )
 
 
 def _drops(model: Any, configs: list[dict[str, Any]]) -> bool:
