@@ -69,9 +69,11 @@ def test_a_bad_row_met_while_training_is_a_request_error(
     lines = path.read_text().splitlines()
     lines[bad] = '{"instruction": "and no answer"}'
     path.write_text("\n".join(lines))
-    with pytest.raises(RequestError, match=rf"rows\.jsonl:{bad + 1}: row {bad + 1}: has no column 'output'"):
+    with pytest.raises(RequestError, match=rf"rows\.jsonl:{bad + 1}: row {bad + 1}: has no column 'output'") as error:
         run(config)
-    assert not config.run_dir.exists()
+    assert f"What was trained until then is kept in {config.run_dir}" in str(error.value)
+    assert json.loads((config.run_dir / "result.json").read_text())["status"] == "failed"
+    assert (config.run_dir / "metrics.jsonl").read_text()
 
 
 @pytest.mark.slow

@@ -67,7 +67,7 @@ class Execution:
         """Train; return what `result.json` holds. On the way: metrics to file and screen, signals to the workers.
 
         Raises:
-            RequestError: a worker refused the request before anything was trained; nothing was written.
+            RequestError: a worker refused the request: nothing was written, or what was trained before is kept.
             JobError: the job failed.
         """
         thread = threading.Thread(target=self._fit, daemon=True)
@@ -243,7 +243,7 @@ class Execution:
             if not self._trains and (run.existed or not self._has_checkpoint(unknown=True)):
                 run.undo()
                 return self._refused
-            self._failed = str(self._refused)  # it came late: what was trained until then is kept
+            self._failed = str(self._refused)  # a row far behind the part that is checked before, say
         trace = str(error) if isinstance(error, JobError | RequestError) else f"{type(error).__name__}: {error}"
         text = self._failed or trace[-4000:]
         if not self._trains and run.replaced is not None:
@@ -256,6 +256,8 @@ class Execution:
             self._write({"status": "failed", "error": text})
         except JobError as error_of_storage:
             hint += f"\n{error_of_storage}"
+        if self._refused is not None:
+            return RequestError(*self._refused.messages, f"What was trained until then is kept in {run.place}{hint}")
         return JobError(f"{self._work.job.name} failed. {text}{hint}")
 
     def _has_checkpoint(self, *, unknown: bool) -> bool:
