@@ -1,6 +1,8 @@
 # Everything runs in .venv, which `setup` makes. Choose another Python with `make setup PYTHON=python3.12`.
 # DeepSpeed looks for `ninja` on the PATH when it compiles its kernels; it is in .venv/bin.
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
+# Threads of OpenMP that wait for one another would spin for milliseconds on cores that other processes need.
+SHARED := OMP_WAIT_POLICY=passive
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-unit test-models test-ray test-engine test-slow test-tokenizers test-api-server bench bench-data bench-memory bench-ppo bench-preference bench-train matrix techniques lint format clean
@@ -22,16 +24,16 @@ test-unit: setup ## tests that need no Ray
 	$(RUN) OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/unit --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-models: setup ## a dozen model types of widely different architecture, from `make matrix`
-	$(RUN) .venv/bin/python -m pytest tests/matrix
+	$(RUN) $(SHARED) .venv/bin/python -m pytest tests/matrix
 
 test-ray: setup ## tests on a local Ray cluster
-	$(RUN) .venv/bin/python -m pytest tests/ray -m "not slow"
+	$(RUN) $(SHARED) .venv/bin/python -m pytest tests/ray -m "not slow"
 
 test-engine: setup ## tests with vLLM engines, alone and as a fleet
-	$(RUN) .venv/bin/python -m pytest tests/engine -m "not slow"
+	$(RUN) $(SHARED) .venv/bin/python -m pytest tests/engine -m "not slow"
 
 test-slow: setup ## tests on Ray that start the workers several times, kill them, or run the recipes (long)
-	$(RUN) .venv/bin/python -m pytest tests/ray tests/engine -m slow
+	$(RUN) $(SHARED) .venv/bin/python -m pytest tests/ray tests/engine -m slow
 
 test-tokenizers: setup ## chat templates and cuts with ten real tokenizers (downloads 77 MB once)
 	$(RUN) bash tests/real_tokenizers.sh

@@ -92,7 +92,8 @@ class StreamTrainer(transformers.Trainer):
         self._trained_positions = TrainedPositions(kw["model"], skip=virtual_tokens(kw["model"]))
         self._row_threads: RowThreads | None = None
         noise, loss = self.args.neftune_noise_alpha is not None, self.compute_loss_func
-        if isinstance(loss, FrozenHeadLoss) and divides_rows(kw["model"], self.args.device, noise=noise):
+        spares = self.args.gradient_checkpointing  # memory; threads take some hundred MB more
+        if isinstance(loss, FrozenHeadLoss) and not spares and divides_rows(kw["model"], self.args.device, noise=noise):
             self._row_threads = RowThreads(kw["model"], loss, self._trained_positions)
         self._saved_step = -1
         self._clock = StepClock()
