@@ -1,7 +1,7 @@
 # Everything runs in .venv, which `setup` makes. Choose another Python with `make setup PYTHON=python3.12`.
 # DeepSpeed looks for `ninja` on the PATH when it compiles its kernels; it is in .venv/bin.
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
-# Threads of OpenMP that wait for one another would spin for milliseconds on cores that other processes need.
+# Threads of OpenMP that wait for one another would spin on cores that other processes need (tests/bench/NOTES.md).
 SHARED := OMP_WAIT_POLICY=passive
 
 .DEFAULT_GOAL := help

@@ -28,7 +28,7 @@ _ENVIRONMENT = {
 _VARIABLES = {
     "TOKENIZERS_PARALLELISM": "false",
     # One heap for all threads: glibc gives each its own, and a worker's training thread then keeps a fifth more memory
-    # than it uses (tests/bench/NOTES.md).
+    # than with one (tests/bench/NOTES.md).
     "MALLOC_ARENA_MAX": "1",
 }
 # Set where Ray Jobs started this driver; says which runtime environment the job already has.

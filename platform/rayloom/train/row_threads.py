@@ -8,8 +8,8 @@ that DDP, accumulation, clipping and layer-wise optimizers see what they always 
 
 The rows of a thread depend on the batch and the number of cores only, and their gradients are added in the threads'
 order, so that a run that goes on gives what it would have given. What draws random numbers within the model (dropout,
-NEFTune) would draw them in no certain order; such jobs, and those that train a large share of the weights, which each
-thread would hold the gradient of, compute the batch as a whole.
+NEFTune) would draw them in no certain order; such jobs, models and methods that keep something from pass to pass, and
+jobs that train a large share of the weights, which each thread would hold the gradient of, compute the batch whole.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def _values(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 class RowThreads:
-    """Stands before a model's forward pass; batches that `divide` are taken forward and backward by threads."""
+    """Stands before a model's forward pass: a batch that comes with its `positions` is taken forward and backward by
+    threads, any other goes through as it is."""
 
     def __init__(self, model: Any, loss: FrozenHeadLoss, positions: TrainedPositions) -> None:
         self._model, self._loss, self._positions = model, loss, positions
