@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import Linear
 
+from rayloom.models.wide_products import FrozenLinear, into_input, is_wide, linear
+
 
 def use_lean_products(model: torch.nn.Module) -> None:
     """Let every plain LoRA layer around an ordinary linear layer compute lean. Others stay as they are: quantized
     ones, and where PEFT has a variant of its own, such as DoRA."""
     for module in model.modules():
-        if type(module) is Linear and type(module.get_base_layer()) is torch.nn.Linear:
+        if type(module) is Linear and type(module.get_base_layer()) in (torch.nn.Linear, FrozenLinear):
             module.__class__ = LeanLinear
 
 
@@ -65,12 +67,13 @@ class _Product(torch.autograd.Function):
         scaling: float,
     ) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            y = torch.nn.functional.linear(x, weight, bias)
-            small = x.flatten(0, -2) @ down.T
-            y.view(-1, y.shape[-1]).addmm_(small, up.T, alpha=scaling)
+            rows = x.flatten(0, -2)
+            y = (linear if is_wide(x) else torch.nn.functional.linear)(rows, weight, bias)
+            small = rows @ down.T
+            y.addmm_(small, up.T, alpha=scaling)
         ctx.save_for_backward(x, weight, down, up, small)
         ctx.scaling = scaling
-        return y
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -79,5 +82,5 @@ class _Product(torch.autograd.Function):
         dsmall = (dy @ up) * ctx.scaling
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = (dy @ weight).addmm_(dsmall, down).view_as(x)
+            dx = (into_input if is_wide(dy) else torch.mm)(dy, weight).addmm_(dsmall, down).view_as(x)
         return dx, None, None, dsmall.T @ x.flatten(0, -2), (dy.T @ small) * ctx.scaling, None

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from rayloom.models.wide_products import is_wide
+
 _BLOCK = 128
 """Queries at a time. Half of a block's last square is thrown away, so a larger one wastes more."""
 _UNIT = 32
@@ -29,7 +31,8 @@ def causal_attention(
 ) -> torch.Tensor:
     """`softmax(scale * query key') value`, each query seeing the keys of its example up to its own.
 
-    Scores are rounded to the inputs' type, as in transformers' eager attention; the softmax is taken in float32.
+    Scores are rounded to the inputs' type, as in transformers' eager attention; the softmax is taken in float32. Where
+    the processor is faster in float32 (`rayloom.models.wide_products`), only inputs and outputs are rounded.
 
     Args:
         query: (tokens, heads, size).
@@ -140,27 +143,28 @@ class _CausalAttention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value)
         ctx.scale, ctx.layout = scale, layout
         scaled, keys, values = _matrices(query, key, value, scale, layout)
-        attended = _empty(value, layout.queries)
-        for block in layout.blocks:
-            probabilities = _probabilities(scaled, keys, block, layout)
-            torch.bmm(probabilities, _of_keys(values, block), out=_of_queries(attended, block))
-        return attended.index_select(0, layout.from_queries).view(*query.shape[:2], -1)
+        attended = _empty(values, layout.queries)
+        with torch.autocast(query.device.type, enabled=False):
+            for block in layout.blocks:
+                probabilities = _probabilities(scaled, keys, block, layout)
+                torch.bmm(probabilities, _of_keys(values, block), out=_of_queries(attended, block))
+        return attended.to(query.dtype).index_select(0, layout.from_queries).view(*query.shape[:2], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         layout: _Layout = ctx.layout
         scaled, keys, values = _matrices(query, key, value, ctx.scale, layout)
-        dattended = _rows(gradients[0], layout.queries).index_fill_(0, layout.rounding, 0)
+        dattended = _rows(gradients[0], layout.queries).to(scaled.dtype).index_fill_(0, layout.rounding, 0)
         wide = torch.promote_types(query.dtype, torch.float32)
-        dquery = _empty(query, layout.queries)
+        dquery = _empty(scaled, layout.queries)
         dkeys, dvalues = (of.new_zeros(len(of) + 1, of.shape[-1], dtype=wide) for of in (keys, values))
         for block in layout.blocks:
             probabilities = _probabilities(scaled, keys, block, layout)
             given = _of_queries(dattended, block)
             _of_keys(dvalues, block).add_(probabilities.transpose(1, 2) @ given)
             dprobabilities = given @ _of_keys(values, block).transpose(1, 2)
-            dscores = torch._softmax_backward_data(dprobabilities, probabilities, -1, query.dtype)
+            dscores = torch._softmax_backward_data(dprobabilities, probabilities, -1, scaled.dtype)
             _of_keys(dkeys, block).add_(dscores.transpose(1, 2) @ _of_queries(scaled, block))
             torch.bmm(dscores, _of_keys(keys, block), out=_of_queries(dquery, block))
         back = [
@@ -177,7 +181,8 @@ class _CausalAttention(torch.autograd.Function):
 def _matrices(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, layout: _Layout
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _rows(query * scale, layout.queries), _rows(key, layout.keys), _rows(value, layout.keys)
+    queries, keys, values = _rows(query * scale, layout.queries), _rows(key, layout.keys), _rows(value, layout.keys)
+    return (queries.float(), keys.float(), values.float()) if is_wide(query) else (queries, keys, values)
 
 
 def _rows(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

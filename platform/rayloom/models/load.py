@@ -26,6 +26,7 @@ from rayloom.models.rope import scale_rope
 from rayloom.models.shifted_attention import use_shifted_attention
 from rayloom.models.source import as_model, model_folder
 from rayloom.models.vocabulary import grow_vocabulary
+from rayloom.models.wide_products import use_wide_products
 
 
 def load_causal_lm(
@@ -73,6 +74,7 @@ def load_causal_lm(
         apply_liger(loaded)
     elif model.kernels == "none":
         use_lean_layers(loaded)
+        use_wide_products(loaded)
     if model.shifted_attention and cutoff:
         use_shifted_attention(loaded, group_size(cutoff))
     elif model.attention == "auto":

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 
 from rayloom.losses.token import TokenLoss
+from rayloom.models.wide_products import FrozenLinear
 
 _CHUNK = 256
 """Positions whose logits stand at a time."""
@@ -21,8 +22,10 @@ _CHUNK = 256
 def frozen_head(model: Any) -> torch.nn.Module | None:
     """The output layer, where it is frozen and whole, and gives the model's logits as they are: no cap, no scale."""
     head: torch.nn.Module | None = model.get_output_embeddings()
-    if type(head) is not torch.nn.Linear or any(
-        one.requires_grad or hasattr(one, "ds_id") for one in head.parameters()
+    if (
+        head is None
+        or type(head) not in (torch.nn.Linear, FrozenLinear)
+        or any(one.requires_grad or hasattr(one, "ds_id") for one in head.parameters())
     ):
         return None
     config = getattr(model, "config", None)

@@ -30,6 +30,9 @@ _VARIABLES = {
     # One heap for all threads: glibc gives each its own, and a worker's training thread then keeps a fifth more memory
     # than with one (tests/bench/NOTES.md).
     "MALLOC_ARENA_MAX": "1",
+    # What is larger than this comes from the system and goes back to it. By itself glibc raises the limit to 32 MB, and
+    # activations and what stands for a moment then share a heap full of holes: a quarter of a worker's memory.
+    "MALLOC_MMAP_THRESHOLD_": str(2**24),
 }
 # Set where Ray Jobs started this driver; says which runtime environment the job already has.
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"

@@ -1,0 +1,153 @@
+"""Products of large bf16 matrices, computed in float32 on processors that are faster at it.
+
+Some processors multiply bf16 at half the rate of float32, though they have instructions for it: Intel's without AMX,
+also where a virtual machine hides it (tests/bench/NOTES.md). Every bf16 number is a float32 number, and both ways add
+up in float32 and round the sum to bf16, so what comes out differs by the order of the sums only. A weight is converted
+some rows at a time, while they are in the cache; no weight is kept in float32.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+_LEAST_ROWS = 64
+"""Of the input: with fewer, converting the weight takes longer than the faster product saves."""
+_ROWS, _TILE = 1024, 2**21
+"""Rows of the input, and numbers of the weight, that are converted at a time."""
+_LEAST_GAIN = 1.25
+"""Less is not worth another order of sums. The processors that were tried have 0.5 or 1.8."""
+
+
+def is_wide(x: torch.Tensor) -> bool:
+    """Whether to compute the products of x (..., in) in float32."""
+    big_enough = x.numel() >= _LEAST_ROWS * x.shape[-1]
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and big_enough and float32_is_faster()
+
+
+@lru_cache(maxsize=1)
+def float32_is_faster() -> bool:
+    """Whether this processor multiplies bf16 matrices faster in float32, both conversions included.
+
+    It is measured once in a process, for some 50 ms, as the processor time of one thread: other processes do not count.
+    """
+    x, weight = (torch.ones(size, 768, dtype=torch.bfloat16) for size in (256, 1024))
+    seconds: dict[Any, float] = {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            for product in (torch.nn.functional.linear, linear) * 4:
+                began = time.thread_time()
+                product(x, weight)
+                seconds[product] = min(seconds.get(product, torch.inf), time.thread_time() - began)
+    finally:
+        torch.set_num_threads(threads)
+    return seconds[torch.nn.functional.linear] > _LEAST_GAIN * seconds[linear]
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`x weight' + bias`, computed in float32; not for autograd, nor within autocast.
+
+    Args:
+        x: (rows, in).
+        weight: (out, in).
+
+    Returns:
+        (rows, out), in x's type.
+    """
+    y = x.new_empty(len(x), len(weight))
+    for some, to in zip(x.split(_ROWS), y.split(_ROWS), strict=True):
+        inputs = _SPACE.wide("inputs", some)
+        for tile in _tiles(weight):
+            outputs = _SPACE.floats("outputs", len(some), tile.stop - tile.start)
+            torch.mm(inputs, _SPACE.wide("tile", weight[tile]).T, out=outputs)
+            to[:, tile] = outputs if bias is None else outputs.add_(bias[tile])
+    return y
+
+
+def into_input(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`dy weight`, computed in float32: what a linear layer hands back; not for autograd, nor within autocast.
+
+    Args:
+        dy: (rows, out).
+        weight: (out, in).
+
+    Returns:
+        (rows, in), in dy's type.
+    """
+    dx = dy.new_empty(len(dy), weight.shape[1])
+    for some, to in zip(dy.split(_ROWS), dx.split(_ROWS), strict=True):
+        outputs = _SPACE.floats("outputs", *to.shape).zero_()
+        for tile in _tiles(weight):
+            outputs.addmm_(_SPACE.wide("inputs", some[:, tile]), _SPACE.wide("tile", weight[tile]))
+        to.copy_(outputs)
+    return dx
+
+
+def _tiles(weight: torch.Tensor) -> list[slice]:
+    size = max(1, _TILE // weight.shape[1])
+    return [slice(start, min(start + size, len(weight))) for start in range(0, len(weight), size)]
+
+
+class _Space(threading.local):
+    """A thread's memory for what stands in float32 for a moment: taken anew each time, it would tear holes into the
+    memory that activations are kept in."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, torch.Tensor] = {}
+
+    def floats(self, name: str, *shape: int) -> torch.Tensor:
+        """Of this shape, with anything in it; until the next call with this name."""
+        need = math.prod(shape)
+        if name not in self._of or self._of[name].numel() < need:
+            self._of.pop(name, None)
+            self._of[name] = torch.empty(need)
+        return self._of[name][:need].view(shape)
+
+    def wide(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor in float32."""
+        return self.floats(name, *tensor.shape).copy_(tensor)
+
+
+_SPACE = _Space()
+
+
+class FrozenLinear(torch.nn.Linear):
+    """A linear layer that computes its frozen weight's products in float32, and those of a trained one as ever."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        trains = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        if trains or hasattr(self.weight, "ds_id") or self.weight.dtype != dtype or not is_wide(x := x.to(dtype)):
+            return super().forward(x)
+        product: Any = _FrozenProduct.apply
+        y: torch.Tensor = product(x, self.weight, self.bias)
+        return y
+
+
+class _FrozenProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        with torch.autocast("cpu", enabled=False):
+            return linear(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        (dy,) = gradients
+        return into_input(dy.flatten(0, -2), weight).view(*dy.shape[:-1], -1), None, None
+
+
+def use_wide_products(model: torch.nn.Module) -> None:
+    """Let every plain linear layer in bf16 be a `FrozenLinear`, if this processor is faster so."""
+    layers = [one for one in model.modules() if type(one) is torch.nn.Linear and one.weight.dtype == torch.bfloat16]
+    if layers and float32_is_faster():
+        for layer in layers:
+            layer.__class__ = FrozenLinear
