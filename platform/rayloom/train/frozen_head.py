@@ -21,11 +21,9 @@ _CHUNK = 256
 
 def frozen_head(model: Any) -> torch.nn.Module | None:
     """The output layer, where it is frozen and whole, and gives the model's logits as they are: no cap, no scale."""
-    head: torch.nn.Module | None = model.get_output_embeddings()
-    if (
-        head is None
-        or type(head) not in (torch.nn.Linear, FrozenLinear)
-        or any(one.requires_grad or hasattr(one, "ds_id") for one in head.parameters())
+    head = model.get_output_embeddings()
+    if type(head) not in (torch.nn.Linear, FrozenLinear) or any(
+        one.requires_grad or hasattr(one, "ds_id") for one in head.parameters()
     ):
         return None
     config = getattr(model, "config", None)
@@ -41,7 +39,8 @@ def frozen_head(model: Any) -> torch.nn.Module | None:
     finally:
         hook.remove()
         model.train(was_training)
-    return head if len(given) == 1 and torch.equal(given[0], logits) else None
+    is_whole: bool = len(given) == 1 and torch.equal(given[0], logits)
+    return head if is_whole else None
 
 
 class FrozenHeadLoss:
