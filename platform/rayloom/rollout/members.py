@@ -155,17 +155,15 @@ class Members:
         """All engines take the weights, also those that are being started."""
         began = time.monotonic()
         await self._revivals()
-        if weights.kind == "adapter":  # an own copy, which a trainer that dies does not take along
-            weights = replace(weights, tensors=ray.put(await _result(weights.tensors)))
         self._weights, self._served, self._accepted, self.checked_version = weights, {}, None, None
         for member in self.all:
             if member.health.state in (State.HEALTHY, State.STALE):
                 member.health = member.health.outdated()
-        results = await asyncio.gather(*map(self._give, self.all), return_exceptions=True)
+        kept, *results = await asyncio.gather(self._keep(weights), *map(self._give, self.all), return_exceptions=True)
         for member, result in zip(self.all, results, strict=True):  # also where another engine's fault ends this
             if isinstance(result, LostError):
                 self.revive(member, str(result))
-        for result in results:
+        for result in (kept, *results):
             if isinstance(result, BaseException) and not isinstance(result, LostError):
                 raise result
         await self._revivals()
@@ -176,6 +174,11 @@ class Members:
         self._syncs += 1
         self._sync_seconds += time.monotonic() - began
         return [self._served[member.number] for member in self.all]  # also of those that were started again meanwhile
+
+    async def _keep(self, weights: Weights) -> None:
+        """Make a copy of an adapter for engines to come, which a trainer that dies does not take along."""
+        if weights.kind == "adapter":
+            self._weights = replace(weights, tensors=ray.put(await _result(weights.tensors)))
 
     async def _revivals(self) -> None:
         """Wait until no engine is being started again; one may die anew meanwhile.

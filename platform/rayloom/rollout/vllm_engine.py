@@ -283,7 +283,6 @@ def _held(worker: Any, number: int, folder: str) -> tuple[int, str]:
     vLLM casts them to its own type, multiplies the factor `alpha / rank` into B, and joins layers that it computes
     together (q, k and v).
     """
-    import torch
     from vllm.lora.peft_helper import PEFTHelper
     from vllm.lora.utils import parse_fine_tuned_lora_name
 
@@ -302,14 +301,25 @@ def _held(worker: Any, number: int, folder: str) -> tuple[int, str]:
     helper = PEFTHelper.from_local_dir(folder, None)
     mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
     renames = mapper.get_rename_mapper() if mapper is not None else None
-    held = {}
+    of_factor: dict[float, list[tuple[str, Any, Any]]] = {}
     for name, tensor in stored_tensors(folder).items():
         module, is_a = parse_fine_tuned_lora_name(name, renames)
+        factor = 1.0 if is_a else helper.get_rank_and_scaling(parse_fine_tuned_lora_name(name)[0])[1]
         there = parts.get(module, (None, None))[0 if is_a else 1]
-        wanted = tensor.to(runner.lora_config.lora_dtype)
-        if not is_a:
-            own_name, _ = parse_fine_tuned_lora_name(name)
-            wanted = wanted * helper.get_rank_and_scaling(own_name)[1]
-        if there is not None and torch.equal(there, wanted):
-            held[name] = tensor
+        of_factor.setdefault(factor, []).append((name, tensor, there))
+    held = {}
+    for factor, wanted in of_factor.items():
+        if not _are_equal(wanted, factor):  # all at once: a sync waits for it
+            wanted = [one for one in wanted if _are_equal([one], factor)]
+        held |= {name: tensor for name, tensor, _ in wanted}
     return len(held), digest_of(held)
+
+
+def _are_equal(wanted: Sequence[tuple[str, Any, Any]], factor: float) -> bool:
+    """Whether tensors, cast and multiplied, are what is there: (name, tensor, there) each."""
+    import torch
+
+    if any(there is None or there.shape != tensor.shape for _, tensor, there in wanted):
+        return False
+    tensors, held = (torch.cat([one[place].flatten() for one in wanted]) for place in (1, 2))
+    return torch.equal(tensors.to(held.dtype) * factor, held)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,8 +34,18 @@ def weights_to_send(version: int, tensors: dict[str, torch.Tensor], adapter: dic
     )
 
 
-def policy_tensors(model: Any, *, keep: bool) -> dict[str, torch.Tensor]:
-    """The adapter as PEFT saves it, or of a model without one every weight as transformers saves it: copies on CPU.
+def policy_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
+    """All that the engines need of a model: the adapter, named as PEFT saves it, or of a model without one every
+    weight, of tied ones the first."""
+    parameters = model.named_parameters()
+    if hasattr(model, "peft_config"):
+        own = ((name, one) for name, one in parameters if f".{POLICY}." in name and "lora_" in name)
+        return {name.replace(f".{POLICY}.", "."): one for name, one in own}
+    return {name: one for name, one in parameters if not name.startswith("v_head.")}
+
+
+def policy_tensors(parameters: Mapping[str, torch.nn.Parameter], *, keep: bool) -> dict[str, torch.Tensor]:
+    """The parameters' values on CPU. Copies, but for those that stand there whole: until the next step.
 
     Every rank calls it where ZeRO-3 shards the weights, which are gathered one by one.
 
@@ -43,31 +53,20 @@ def policy_tensors(model: Any, *, keep: bool) -> dict[str, torch.Tensor]:
         keep: whether this rank wants them; else what comes back is empty.
     """
     tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in _parts(model):
-        with _whole(parameter):
+    for name, parameter in parameters.items():
+        with _whole(parameter) as is_gathered:
             if keep:
-                tensors[name] = parameter.detach().to("cpu", copy=True).contiguous()
+                tensors[name] = parameter.detach().to("cpu", copy=is_gathered).contiguous()
     return tensors
 
 
-def _parts(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and weight of all that the engines need."""
-    if hasattr(model, "peft_config"):
-        for name, parameter in model.named_parameters():
-            if f".{POLICY}." in name and "lora_" in name:
-                yield name.replace(f".{POLICY}.", "."), parameter
-        return
-    for name, parameter in model.named_parameters():  # of tied weights one
-        if not name.startswith("v_head."):
-            yield name, parameter
-
-
 @contextmanager
-def _whole(parameter: torch.Tensor) -> Iterator[None]:
+def _whole(parameter: torch.Tensor) -> Iterator[bool]:
+    """Whether the parameter is whole within the context only."""
     if not hasattr(parameter, "ds_id"):
-        yield
+        yield False
         return
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([parameter]):
-        yield
+        yield True

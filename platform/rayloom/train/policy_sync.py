@@ -12,7 +12,7 @@ import torch
 from rayloom.errors import JobError
 from rayloom.models.precision import Precision
 from rayloom.rollout.fleet import FleetClient
-from rayloom.rollout.weights import POLICY, policy_tensors, weights_to_send
+from rayloom.rollout.weights import POLICY, policy_parameters, policy_tensors, weights_to_send
 from rayloom.train.collective import from_first_rank
 
 _TOLERANCE: dict[str, float] = {"fp32": 5e-3}
@@ -29,6 +29,9 @@ class PolicySync:
 
     def __init__(self, client: FleetClient, precision: Precision, *, is_first_rank: bool) -> None:
         self._client, self._is_first_rank = client, is_first_rank
+        self._model: Any = None  # whose policy was served last, its parameters, and its adapter's configuration
+        self._parameters: dict[str, torch.nn.Parameter] = {}
+        self._adapter: dict[str, Any] | None = None
         self._tolerance = _TOLERANCE.get(precision, _ROUGH)
         self._served: int | None = None
         self._own: dict[int, torch.Tensor] = {}
@@ -49,10 +52,13 @@ class PolicySync:
         if self._served == version:
             return
         started = time.monotonic()
-        tensors = policy_tensors(model, keep=self._is_first_rank)
+        if model is not self._model:  # it is one model for a whole job, and the walk over its modules takes a while
+            adapters = getattr(model, "peft_config", None)
+            self._adapter = plain_config(adapters[POLICY].to_dict()) if adapters else None
+            self._model, self._parameters = model, policy_parameters(model)
+        tensors = policy_tensors(self._parameters, keep=self._is_first_rank)
         if self._is_first_rank:
-            adapter = plain_config(model.peft_config[POLICY].to_dict()) if hasattr(model, "peft_config") else None
-            self._client.sync(weights_to_send(version, tensors, adapter))
+            self._client.sync(weights_to_send(version, tensors, self._adapter))
         else:  # here, and not in the next collective call: engines may need longer than `train.collective_timeout`
             self._client.wait_for(version)
         self._served, self.seconds = version, time.monotonic() - started
