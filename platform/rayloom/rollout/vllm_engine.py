@@ -321,5 +321,6 @@ def _are_equal(wanted: Sequence[tuple[str, Any, Any]], factor: float) -> bool:
 
     if any(there is None or there.shape != tensor.shape for _, tensor, there in wanted):
         return False
-    tensors, held = (torch.cat([one[place].flatten() for one in wanted]) for place in (1, 2))
+    tensors = torch.cat([tensor.flatten() for _, tensor, _ in wanted])
+    held = torch.cat([there.flatten() for *_, there in wanted])
     return torch.equal(tensors.to(held.dtype) * factor, held)
