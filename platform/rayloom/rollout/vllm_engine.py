@@ -307,7 +307,7 @@ def _held(worker: Any, number: int, folder: str) -> tuple[int, str]:
         factor = 1.0 if is_a else helper.get_rank_and_scaling(parse_fine_tuned_lora_name(name)[0])[1]
         there = parts.get(module, (None, None))[0 if is_a else 1]
         of_factor.setdefault(factor, []).append((name, tensor, there))
-    held = {}
+    held: dict[str, Any] = {}
     for factor, wanted in of_factor.items():
         if not _are_equal(wanted, factor):  # all at once: a sync waits for it
             wanted = [one for one in wanted if _are_equal([one], factor)]
