@@ -163,7 +163,7 @@ class Members:
         for member, result in zip(self.all, results, strict=True):  # also where another engine's fault ends this
             if isinstance(result, LostError):
                 self.revive(member, str(result))
-        for result in (kept, *results):
+        for result in (*results, kept):
             if isinstance(result, BaseException) and not isinstance(result, LostError):
                 raise result
         await self._revivals()
