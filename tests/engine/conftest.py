@@ -11,7 +11,7 @@ from ray._private.authentication_test_utils import reset_auth_token_state
 from rayloom.jobs.local_head import LocalHead
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """A running cluster that this process is connected to."""
     with LocalHead(num_cpus=4) as head, pytest.MonkeyPatch.context() as patch:
