@@ -55,6 +55,16 @@ def test_values_and_gradients_are_pefts(shape, dtype):
         assert (lean_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
+@pytest.mark.parametrize("shape", [(0, 24), (7, 24), (2, 5, 24)])
+def test_a_model_may_write_into_what_the_layer_returns(shape):
+    _, lean = _both()
+    layer = lean.get_base_model().first
+    x, apart = (torch.ones(shape).requires_grad_() for _ in range(2))
+    layer(x).mul_(2).square().sum().backward()  # as the shared expert of Llama 4 adds into it
+    (layer(apart) * 2).square().sum().backward()
+    assert torch.equal(x.grad, apart.grad)
+
+
 def test_under_autocast_it_is_as_near_to_float32_as_peft_is():
     plain, lean = _both()
     x = torch.randn(64, 24)

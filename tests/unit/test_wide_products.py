@@ -82,6 +82,16 @@ def test_a_frozen_layer_and_its_gradient(faster, bias, autocast):
     assert (wide_dx - dx).norm() <= 0.01 * dx.norm()
 
 
+@pytest.mark.parametrize("shape", [(0, 24), (7, 24), (2, 5, 24)])
+def test_a_model_may_write_into_what_the_layer_returns(faster, shape):
+    _, wide = _layer(bias=True)
+    x, apart = (_bf16(*shape).requires_grad_() for _ in range(2))
+    added = _bf16(*shape[:-1], 40, seed=1)
+    wide(x).add_(added).float().square().sum().backward()  # as the shared expert of Llama 4 does
+    (wide(apart) + added).float().square().sum().backward()
+    assert torch.equal(x.grad, apart.grad)
+
+
 def test_what_trains_gets_its_gradient(faster):
     for trained in ("weight", "bias"):
         _, wide = _layer(bias=True)

@@ -36,10 +36,11 @@ class LeanLinear(Linear):
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         bias = None if base.bias is None else base.bias.to(dtype)
         product: Any = _Product.apply
+        rows = x.to(dtype).flatten(0, -2)
         lean: torch.Tensor = product(
-            x.to(dtype), base.weight.to(dtype), bias, down.to(dtype), up.to(dtype), self.scaling[adapter]
+            rows, base.weight.to(dtype), bias, down.to(dtype), up.to(dtype), self.scaling[adapter]
         )
-        return lean
+        return lean.view(*x.shape[:-1], lean.shape[-1])
 
     def _only_adapter(self) -> str | None:
         """The adapter, if it is the only active one and plain; sharded weights are there only within their modules."""
@@ -54,7 +55,7 @@ class LeanLinear(Linear):
 
 
 class _Product(torch.autograd.Function):
-    """`x W' + bias + scaling (x A') B'`, all in one dtype; W and the bias get no gradient."""
+    """`x W' + bias + scaling (x A') B'` of rows, all in one dtype; W and the bias get no gradient."""
 
     @staticmethod
     def forward(
@@ -67,20 +68,19 @@ class _Product(torch.autograd.Function):
         scaling: float,
     ) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            rows = x.flatten(0, -2)
-            y = (linear if is_wide(x) else torch.nn.functional.linear)(rows, weight, bias)
-            small = rows @ down.T
+            y = (linear if is_wide(x) else torch.nn.functional.linear)(x, weight, bias)
+            small = x @ down.T
             y.addmm_(small, up.T, alpha=scaling)
         ctx.save_for_backward(x, weight, down, up, small)
         ctx.scaling = scaling
-        return y.view(*x.shape[:-1], -1)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, down, up, small = ctx.saved_tensors
-        dy = gradients[0].flatten(0, -2)
+        (dy,) = gradients
         dsmall = (dy @ up) * ctx.scaling
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = (into_input if is_wide(dy) else torch.mm)(dy, weight).addmm_(dsmall, down).view_as(x)
-        return dx, None, None, dsmall.T @ x.flatten(0, -2), (dy.T @ small) * ctx.scaling, None
+            dx = (into_input if is_wide(dy) else torch.mm)(dy, weight).addmm_(dsmall, down)
+        return dx, None, None, dsmall.T @ x, (dy.T @ small) * ctx.scaling, None

@@ -44,7 +44,7 @@ def causal_attention(
     """
     attend: Any = _CausalAttention.apply
     attended: torch.Tensor = attend(query, key, value, scale, _layout(sizes, query.shape[1], key.shape[1]))
-    return attended
+    return attended.view(*query.shape[:2], value.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class _CausalAttention(torch.autograd.Function):
             for block in layout.blocks:
                 probabilities = _probabilities(scaled, keys, block, layout)
                 torch.bmm(probabilities, _of_keys(values, block), out=_of_queries(attended, block))
-        return attended.to(query.dtype).index_select(0, layout.from_queries).view(*query.shape[:2], -1)
+        return attended.to(query.dtype).index_select(0, layout.from_queries)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -127,22 +127,24 @@ class FrozenLinear(torch.nn.Linear):
         if trains or hasattr(self.weight, "ds_id") or self.weight.dtype != dtype or not is_wide(x := x.to(dtype)):
             return super().forward(x)
         product: Any = _FrozenProduct.apply
-        y: torch.Tensor = product(x, self.weight, self.bias)
-        return y
+        y: torch.Tensor = product(x.flatten(0, -2), self.weight, self.bias)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class _FrozenProduct(torch.autograd.Function):
+    """Of rows: a model may write into what a layer returns, and autograd refuses that for views made in here."""
+
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(weight)
         with torch.autocast("cpu", enabled=False):
-            return linear(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], -1)
+            return linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         (dy,) = gradients
-        return into_input(dy.flatten(0, -2), weight).view(*dy.shape[:-1], -1), None, None
+        return into_input(dy, weight), None, None
 
 
 def use_wide_products(model: torch.nn.Module) -> None:
