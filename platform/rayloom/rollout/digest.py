@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -42,3 +43,36 @@ def digest_of(tensors: Mapping[str, Any]) -> str:
     for name in sorted(tensors):
         digest.add(name, tensors[name])
     return str(digest)
+
+
+class Compared(NamedTuple):
+    """A tensor that was sent, and what stands where it should be."""
+
+    name: str
+    sent: Any
+    there: Any
+    """None: nothing."""
+    factor: float
+    """That the tensor was multiplied with, after it was cast to the type of `there`."""
+
+
+def equal_tensors(compared: Sequence[Compared]) -> dict[str, Any]:
+    """`{name: tensor}` of those that are there, equal in every element."""
+    equal: dict[str, Any] = {}
+    for _, group in groupby(sorted(compared, key=lambda one: one.factor), lambda one: one.factor):
+        ones = list(group)
+        if not _are_equal(ones):  # all at once: a sync waits for it
+            ones = [one for one in ones if _are_equal([one])]
+        equal |= {one.name: one.sent for one in ones}
+    return equal
+
+
+def _are_equal(ones: Sequence[Compared]) -> bool:
+    """Whether tensors with one factor are all there."""
+    import torch
+
+    if any(one.there is None or one.there.shape != one.sent.shape for one in ones):
+        return False
+    sent = torch.cat([one.sent.flatten() for one in ones])
+    there = torch.cat([one.there.flatten() for one in ones])
+    return torch.equal(sent.to(there.dtype) * ones[0].factor, there)

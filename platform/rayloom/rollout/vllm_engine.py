@@ -10,7 +10,7 @@ from typing import Any
 from rayloom.errors import JobError, RequestError, first_line
 from rayloom.models.source import model_folder
 from rayloom.rollout.adapter_folders import AdapterFolders, adapter_rank_limit, pack, stored_tensors
-from rayloom.rollout.digest import Digest, digest_of
+from rayloom.rollout.digest import Compared, Digest, digest_of, equal_tensors
 from rayloom.rollout.one_adapter import use_one_adapter
 from rayloom.rollout.request import (
     BLOCK,
@@ -98,8 +98,7 @@ class VllmEngine:
             trust_remote_code=options.trust_remote_code,
             **arguments,
         )
-        self._folders = AdapterFolders()
-        self._serial = 0
+        self._folders, self._serial = AdapterFolders(), 0
         self._adapter: Any = None  # the LoRARequest that every prompt goes with
         self._version: int | None = None
         self._loaded = (0, digest_of({}))  # of whole weights: how many tensors the model has read, and which
@@ -108,11 +107,10 @@ class VllmEngine:
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer: the tokenizer's, the model folder's, the options'."""
-        generation = self._llm.model_config.try_get_generation_config().get("eos_token_id")
-        own = generation if isinstance(generation, list) else [generation]
-        tokenizer = self._llm.get_tokenizer().eos_token_id
-        ids = {*own, tokenizer, *self._options.stop_token_ids} - {None}
-        return tuple(sorted(ids))
+        own = self._llm.model_config.try_get_generation_config().get("eos_token_id")
+        own = own if isinstance(own, list) else [own]
+        ids = {*own, self._llm.get_tokenizer().eos_token_id, *self._options.stop_token_ids}
+        return tuple(sorted(ids - {None}))
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, probe: Sequence[int]
@@ -149,7 +147,7 @@ class VllmEngine:
                 prompt=prompt.number,
                 sample=sample,
                 token_ids=tuple(answer.token_ids),
-                log_probs=_log_probs(answer),
+                log_probs=tuple(step[id].logprob for id, step in zip(answer.token_ids, answer.logprobs, strict=True)),
                 finish_reason=answer.finish_reason,
                 policy_version=self._version,
                 engine=self._number,
@@ -178,8 +176,8 @@ class VllmEngine:
         assert self._version is not None
         count, digest = self._loaded
         if self._adapter is not None:
-            there = (self._adapter.lora_int_id, self._adapter.lora_path)
-            count, digest = min(self._llm.collective_rpc(_held, args=there))  # of several workers the worst
+            args = self._adapter.lora_int_id, self._adapter.lora_path
+            count, digest = min(self._llm.collective_rpc(_held, args=args))  # of several workers the worst
         return Served(self._number, self._version, count, digest)
 
     def _probed(self, output: Any) -> Probe:
@@ -220,12 +218,11 @@ class VllmEngine:
     def _take_whole(self, tensors: Mapping[str, Any]) -> tuple[int, str]:
         """How many tensors of the whole model were read, and their digest: of several workers the worst. These are
         processes of their own, to which vLLM can send a path, and no tensors."""
-        source: Mapping[str, Any] | str = tensors
-        if self._options.tensor_parallel > 1:
-            source = str(self._folders.write(f"whole-{self._serial}", pack(tensors), None))
+        is_sent = self._options.tensor_parallel == 1
+        source = tensors if is_sent else str(self._folders.write(f"whole-{self._serial}", pack(tensors), None))
         read: tuple[int, str] = min(self._llm.collective_rpc(_reload, args=(source,)))
-        if isinstance(source, str):
-            shutil.rmtree(source)
+        if not is_sent:
+            shutil.rmtree(str(source))
         return read
 
     def _drop_adapter(self, adapter: Any) -> None:
@@ -258,15 +255,11 @@ class VllmEngine:
         )
 
 
-def _log_probs(answer: Any) -> tuple[float, ...]:
-    return tuple(step[token].logprob for token, step in zip(answer.token_ids, answer.logprobs, strict=True))
-
-
 def _reload(worker: Any, source: Mapping[str, Any] | str) -> tuple[int, str]:
     """Runs in vLLM's worker: hand tensors, or those of a folder, to the model, and keep account of those that it asks
     for."""
-    tensors = stored_tensors(source) if isinstance(source, str) else source
     digest = Digest()
+    tensors = stored_tensors(source) if isinstance(source, str) else source
     worker.reload_weights(weights_iterator=digest.of_those_read(tensors))
     if worker.device.type == "cpu":
         # An output layer that shares the embeddings' weights has a packed copy, which is left as it was.
@@ -286,13 +279,10 @@ def _held(worker: Any, number: int, folder: str) -> tuple[int, str]:
     from vllm.lora.peft_helper import PEFTHelper
     from vllm.lora.utils import parse_fine_tuned_lora_name
 
-    runner = worker.model_runner
-    manager = runner.lora_manager._adapter_manager
+    manager = worker.model_runner.lora_manager._adapter_manager
     adapter = manager.get_adapter(number)
-    if adapter is None:
-        return 0, digest_of({})
     parts: dict[str, tuple[Any, Any]] = {}
-    for name, layer in adapter.loras.items():
+    for name, layer in adapter.loras.items() if adapter else ():
         if name in manager.packed_modules:
             names = manager.packed_modules[name]
             parts |= {part: pair for part, *pair in zip(names, layer.lora_a, layer.lora_b, strict=True)}
@@ -301,26 +291,10 @@ def _held(worker: Any, number: int, folder: str) -> tuple[int, str]:
     helper = PEFTHelper.from_local_dir(folder, None)
     mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
     renames = mapper.get_rename_mapper() if mapper is not None else None
-    of_factor: dict[float, list[tuple[str, Any, Any]]] = {}
+    sent = []
     for name, tensor in stored_tensors(folder).items():
         module, is_a = parse_fine_tuned_lora_name(name, renames)
         factor = 1.0 if is_a else helper.get_rank_and_scaling(parse_fine_tuned_lora_name(name)[0])[1]
-        there = parts.get(module, (None, None))[0 if is_a else 1]
-        of_factor.setdefault(factor, []).append((name, tensor, there))
-    held: dict[str, Any] = {}
-    for factor, wanted in of_factor.items():
-        if not _are_equal(wanted, factor):  # all at once: a sync waits for it
-            wanted = [one for one in wanted if _are_equal([one], factor)]
-        held |= {name: tensor for name, tensor, _ in wanted}
+        sent.append(Compared(name, tensor, parts.get(module, (None, None))[0 if is_a else 1], factor))
+    held = equal_tensors(sent)
     return len(held), digest_of(held)
-
-
-def _are_equal(wanted: Sequence[tuple[str, Any, Any]], factor: float) -> bool:
-    """Whether tensors, cast and multiplied, are what is there: (name, tensor, there) each."""
-    import torch
-
-    if any(there is None or there.shape != tensor.shape for _, tensor, there in wanted):
-        return False
-    tensors = torch.cat([tensor.flatten() for _, tensor, _ in wanted])
-    held = torch.cat([there.flatten() for *_, there in wanted])
-    return torch.equal(tensors.to(held.dtype) * factor, held)

@@ -40,6 +40,11 @@ def lengths_of(answers: Sequence[Answer]) -> torch.Tensor:
     return torch.tensor([len(answer.rollout.token_ids) for answer in answers], dtype=torch.long)
 
 
+def row_length(answer: Answer) -> int:
+    """Tokens of an answer with its prompt."""
+    return len(answer.asked.token_ids) + len(answer.rollout.token_ids)
+
+
 def mask_of(answers: Sequence[Answer]) -> torch.Tensor:
     """(answers, width) bool: where an answer has a token; the longest one has `width`."""
     lengths = lengths_of(answers)
@@ -82,7 +87,7 @@ def make_answer_batch(answers: Sequence[Answer], pad_token: int) -> Batch:
 def last_positions(batch: Batch, answers: Sequence[Answer]) -> torch.Tensor:
     """(batch,) the last token of each row of `make_answer_batch`, in the flattened (batch * length)."""
     rows, width = batch["input_ids"].shape
-    lengths = [len(answer.asked.token_ids) + len(answer.rollout.token_ids) for answer in answers] or [1]
+    lengths = [row_length(answer) for answer in answers] or [1]
     return torch.arange(rows) * width + torch.tensor(lengths) - 1
 
 

@@ -35,7 +35,7 @@ from rayloom.train.means import Means
 from rayloom.train.meter import StreamMeter
 from rayloom.train.monitor import answer
 from rayloom.train.policy_sync import PolicySync
-from rayloom.train.ppo_answers import Answer, last_positions, lengths_of, make_answer_batch, mask_of, spread
+from rayloom.train.ppo_answers import Answer, last_positions, lengths_of, make_answer_batch, mask_of, row_length, spread
 from rayloom.train.ppo_loss import TokenScores, Totals, step_loss
 from rayloom.train.ppo_rounds import RankFleet, Round, RoundReader, asked_of
 from rayloom.train.ppo_setup import RewardModels
@@ -167,14 +167,18 @@ class PpoTrainer(HeadTrainer):
 
     def _deal_steps(self, answers: int) -> Iterator[torch.Tensor]:
         """Which answers each step of the round learns from: every answer once an epoch, in another order each. All
-        ranks make as many steps, also where one has fewer answers."""
+        ranks make as many steps, also where one has fewer answers. Those of a step stand by their length, for less
+        padding: its loss is one sum, whichever batch they fall into."""
         size = self._settings.batch_size * self._settings.accumulation
         most = int(over_ranks(torch.tensor([float(answers)]), self.args.device, "max")[0])
+        assert self._experience is not None  # made with the round
+        lengths = torch.tensor([row_length(answer) for answer in self._experience.answers], dtype=torch.long)
         for epoch in range(self._stage.epochs):
             key = (self._settings.seed, "answers", self._state.rounds, epoch, self.args.process_index)
             order = torch.as_tensor(permutation(answers, *key), dtype=torch.long)
             for start in range(0, most, size):
-                yield order[start : start + size]
+                step = order[start : start + size]
+                yield step[lengths[step].argsort(descending=True, stable=True)]
 
     # --- the model ----------------------------------------------------------------------------------------------------
 
@@ -294,7 +298,7 @@ class PpoTrainer(HeadTrainer):
 
     def _by_length(self, answers: Sequence[Answer]) -> Iterator[tuple[list[int], Batch]]:
         """All answers in batches of nearly one length, and their numbers; as many batches on every rank."""
-        lengths = [len(answer.asked.token_ids) + len(answer.rollout.token_ids) for answer in answers]
+        lengths = [row_length(answer) for answer in answers]
         order = sorted(range(len(answers)), key=lengths.__getitem__, reverse=True)
         size = self._settings.batch_size
         most = int(over_ranks(torch.tensor([float(len(answers))]), self.args.device, "max")[0])

@@ -33,7 +33,7 @@ def token_scores(
 def _scores(
     logits: torch.Tensor, labels: torch.Tensor, temperature: float, entropy: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    scaled = logits.float() / temperature
+    scaled = logits.float() if temperature == 1 else logits.float() / temperature
     log_probs = -torch.nn.functional.cross_entropy(scaled, labels, reduction="none")  # of IGNORED 0
     if not entropy:
         return log_probs, torch.zeros_like(log_probs)
