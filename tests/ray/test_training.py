@@ -87,7 +87,7 @@ def test_losses_equal_a_loop_without_packing(plain: Any, tiny_model: Path) -> No
     config, result, rows = plain
     expected = plain_losses(fresh_model(config, tiny_model), examples_of(config, STEPS), config)
     assert losses(rows) == pytest.approx(expected, abs=1e-5)
-    assert result["engine"] == {"class": "DistributedDataParallel", "zero_stage": 0}
+    assert result["engine"] == {"class": "DistributedDataParallel", "zero_stage": 0, "row_threads": 1}
 
 
 def _dft(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -173,7 +173,7 @@ def test_zero_on_two_workers_equals_plain(
         train={"max_steps": STEPS, "workers": 2, "batch_size": 1, "global_batch_size": 2, "deepspeed": stage, **more},
     )
     result, rows = run(config)
-    assert result["engine"] == {"class": "DeepSpeedEngine", "zero_stage": int(stage[-1])}
+    assert result["engine"] == {"class": "DeepSpeedEngine", "zero_stage": int(stage[-1]), "row_threads": 1}
     assert losses(rows) == pytest.approx(losses(expected), abs=1e-5)
     assert [row["position"] for row in rows] == [row["position"] for row in expected]
     assert [row["examples_seen"] for row in rows] == [row["examples_seen"] for row in expected]
@@ -313,15 +313,19 @@ def test_evaluation_on_what_is_held_out_and_bad_rows_counted(tiny_model: Path, t
     assert result["eval"]["eval_accuracy"] == pytest.approx(hits / tokens, abs=1e-9)
 
 
-@pytest.mark.parametrize(("engine", "workers"), [("none", 1), ("zero2", 2)])
+@pytest.mark.parametrize(("engine", "workers", "threads"), [("none", 1, 2), ("zero2", 2, 1)])
 def test_stopped_and_resumed_equals_uninterrupted(
-    engine: str, workers: int, tiny_model: Path, data: Any, tmp_path: Path
+    engine: str, workers: int, threads: int, tiny_model: Path, data: Any, tmp_path: Path
 ) -> None:
     train = {"workers": workers, "batch_size": 2 // workers, "deepspeed": engine, "epochs": 40, "max_steps": 120}
-    whole = job(tiny_model, tmp_path, data, name="whole", data={"mix": "interleave_over"}, train=train)
+    little = {"type": "lora", "rank": 1, "target": ["q_proj"]}  # of the model trains: its rows go side by side
+    parts: dict[str, Any] = {"data": {"mix": "interleave_over"}, "train": train}
+    parts |= {"method": little} if threads > 1 else {}
+    whole = job(tiny_model, tmp_path, data, name="whole", **parts)
     result, rows = run(whole)
+    assert result["engine"]["row_threads"] == threads
 
-    cut = job(tiny_model, tmp_path, data, name="cut", data={"mix": "interleave_over"}, train=train)
+    cut = job(tiny_model, tmp_path, data, name="cut", **parts)
     file = tmp_path / "cut.yaml"
     file.write_text(yaml.safe_dump(cut.model_dump(mode="json")))
     process = subprocess.Popen(

@@ -90,11 +90,11 @@ class StreamTrainer(transformers.Trainer):
         self._set_names = set_names
         self._eval_names = eval_names
         self._trained_positions = TrainedPositions(kw["model"], skip=virtual_tokens(kw["model"]))
-        self._row_threads: RowThreads | None = None
+        self.row_threads: RowThreads | None = None
         noise, loss = self.args.neftune_noise_alpha is not None, self.compute_loss_func
         spares = self.args.gradient_checkpointing  # memory; threads take some hundred MB more
         if isinstance(loss, FrozenHeadLoss) and not spares and divides_rows(kw["model"], self.args.device, noise=noise):
-            self._row_threads = RowThreads(kw["model"], loss, self._trained_positions)
+            self.row_threads = RowThreads(kw["model"], loss, self._trained_positions)
         self._saved_step = -1
         self._clock = StepClock()
         self._row_clock = RowClock(self._clock)
@@ -201,7 +201,7 @@ class StreamTrainer(transformers.Trainer):
         self.meter.skipped_steps += 1
 
     def _loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
-        threads = self._row_threads
+        threads = self.row_threads
         if threads is not None and threads.parts(inputs) > 1:
             divided = super().compute_loss(model, inputs, *args, **kwargs)
             self._clock.move(threads.backward_seconds, "forward", "backward")

@@ -253,7 +253,8 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
         "position": meter.position.as_dict(),
         "eval": evaluation,
         "precision": precision,
-        "engine": engine_of(trainer.model_wrapped),
+        "engine": engine_of(trainer.model_wrapped)
+        | {"row_threads": trainer.row_threads.cores if trainer.row_threads else 1},
         "parameters": parameters.as_dict() | {"trained": sum(map(size_of, trainer.trained))},
     }
 
