@@ -33,6 +33,21 @@ data: {{train: [data/squares.jsonl], cutoff: 128}}
 train: {{workers: 1, device: cpu, cpus_per_worker: 3, batch_size: 2, max_steps: 5000, logging_steps: 1}}
 """
 
+PIPELINE = """
+name: chain
+model: {{path: {model}}}
+data: {{cutoff: 128}}
+train: {{device: cpu, precision: fp32, batch_size: 2, max_steps: 4, logging_steps: 1}}
+steps:
+  - name: sft
+    method: {{rank: 4}}
+    data: {{train: [data/squares.jsonl]}}
+  - name: dpo
+    from: sft
+    data: {{train: [{{path: data/pairs.jsonl, ranking: true}}]}}
+    stage: {{type: dpo, reference: cached}}
+"""
+
 
 @pytest.fixture(scope="module")
 def client(head: LocalHead) -> JobsClient:
@@ -168,6 +183,30 @@ def _kill_driver(head: LocalHead, word: str) -> list[int]:
                 process.kill()
                 found.append(process.pid)
     return found
+
+
+@pytest.mark.slow
+def test_a_pipeline_is_one_job_whose_finished_steps_are_skipped(
+    client: JobsClient, work: Path, tiny_model: Path
+) -> None:
+    pairs = [{"instruction": f"Say {i}.", "output": [f"It is {i}, I say.", "No."]} for i in range(60)]
+    (work / "data" / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    (work / "chain.yaml").write_text(PIPELINE.format(model=tiny_model))
+    skipped = []
+    for overrides in ([], ["steps.dpo.train.learning_rate=1e-3"]):
+        submission = submit(client, "chain.yaml", overrides)
+        lines = list(follow_logs(client, submission.id))
+        job = job_status(client, submission.id)
+        assert (job.status, job.exit_code) == ("SUCCEEDED", 0), "\n".join(lines)
+        assert (job.name, submission.run_dir) == ("chain", str(work / "runs" / "chain"))
+        result = json.loads((work / "runs" / "chain" / "result.json").read_text())
+        assert [(step["name"], step["status"]) for step in result["pipeline"]] == [
+            ("sft", "finished"),
+            ("dpo", "finished"),
+        ]
+        assert (Path(result["pipeline"][1]["run_dir"]) / "model" / "adapter_config.json").exists()
+        skipped.append([step["skipped"] for step in result["pipeline"]])
+    assert skipped == [[False, False], [True, False]]
 
 
 def test_plain_ray_job_submit(head: LocalHead, client: JobsClient, work: Path, tmp_path: Path) -> None:
