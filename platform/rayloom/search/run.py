@@ -134,8 +134,6 @@ def _tune(plan: SearchPlan, at_once: int) -> None:
     log = logging.getLogger("ray.tune")
     log.propagate = False
     log.handlers = [logging.FileHandler(plan.folder / LOG, delay=True)]
-    # Each trial has processes of its own, of which Ray says more than once that they are many.
-    logging.getLogger("ray._private.worker").addFilter(lambda record: "worker processes" not in record.getMessage())
     monitor = start_monitor()
     is_population = plan.search.scheduler == "population"
     turns = start_turns(plan.folder, at_once) if is_population else None
