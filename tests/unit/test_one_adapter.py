@@ -65,8 +65,11 @@ def test_an_output_layers_adapter() -> None:
     chosen(SimpleNamespace(no_lora=True), y, x, a[0], b[0], 1.0)
     chosen(one, y, x, torch.zeros_like(a[0]), b[0], 1.0)  # the adapter has nothing there
     assert torch.equal(y, before)
+    padded = torch.cat([y, y[:, :3]], dim=1)
     chosen(one, y, x, a[0], b[0], 1.0)
     torch.testing.assert_close(y, expected, **CLOSE[torch.float32])
+    chosen(one, padded, x, a[0], b[0], 1.0)  # a vocabulary that vLLM has rounded up
+    torch.testing.assert_close(padded, torch.cat([expected, before[:, :3]], dim=1), **CLOSE[torch.float32])
     assert not calls
     chosen(one, y, x, torch.cat([a[0], a[0]]), b[0], 1.0)
     assert len(calls) == 1

@@ -26,13 +26,12 @@ def _answer(number, prompt, length):
 def test_every_answer_once_an_epoch_and_those_of_a_step_by_length(sizes, batch, accumulation, epochs):
     answers = [_answer(number, *size) for number, size in enumerate(sizes)]
     trainer = SimpleNamespace(
-        _experience=SimpleNamespace(answers=answers),
         _settings=SimpleNamespace(batch_size=batch, accumulation=accumulation, seed=7),
         _stage=SimpleNamespace(epochs=epochs),
         _state=SimpleNamespace(rounds=3),
         args=SimpleNamespace(device="cpu", process_index=0),
     )
-    steps = [step.tolist() for step in PpoTrainer._deal_steps(trainer, len(answers))]
+    steps = [step.tolist() for step in PpoTrainer._deal_steps(trainer, answers)]
     each = -(-len(answers) // (batch * accumulation))
     assert len(steps) == epochs * each
     for epoch in range(epochs):

@@ -124,6 +124,7 @@ def test_batches_add_up_and_threads_differ():
         torch.testing.assert_close(2 * one.grad, of_two)
     assert seen == {("rows_0", 1), ("rows_1", 1)}
     assert torch.get_num_threads() == 2
+    assert threads.threads == 2
     assert threads.backward_seconds > 0
 
 

@@ -55,7 +55,10 @@ class LeanLinear(Linear):
 
 
 class _Product(torch.autograd.Function):
-    """`x W' + bias + scaling (x A') B'` of rows, all in one dtype; W and the bias get no gradient."""
+    """`x W' + bias + scaling (x A') B'` of rows, all in one dtype; W and the bias get no gradient.
+
+    Of rows: a model may write into what a layer returns, and autograd refuses that for views made in here.
+    """
 
     @staticmethod
     def forward(

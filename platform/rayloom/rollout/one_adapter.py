@@ -72,13 +72,13 @@ def add_products(y: torch.Tensor, x: torch.Tensor, lora_a: Factors, lora_b: Fact
     between the factors to the type of y, as vLLM rounds them there.
 
     Args:
-        y: (tokens, sum of widths).
+        y: (tokens, sum of widths, or more: an output layer's are rounded up).
         x: (tokens, in).
         lora_a: (1, 1, rank, in) each.
         lora_b: (1, 1, width, rank) each.
     """
     a, b = _joined(lora_a, lora_b)
-    y.addmm_(x @ a.to(x.dtype).T, b.to(y.dtype).T)
+    y[:, : len(b)].addmm_(x @ a.to(x.dtype).T, b.to(y.dtype).T)
 
 
 _JOINED: Any = WeakIdKeyDictionary()

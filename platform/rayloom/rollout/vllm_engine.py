@@ -258,8 +258,8 @@ class VllmEngine:
 def _reload(worker: Any, source: Mapping[str, Any] | str) -> tuple[int, str]:
     """Runs in vLLM's worker: hand tensors, or those of a folder, to the model, and keep account of those that it asks
     for."""
-    digest = Digest()
     tensors = stored_tensors(source) if isinstance(source, str) else source
+    digest = Digest()
     worker.reload_weights(weights_iterator=digest.of_those_read(tensors))
     if worker.device.type == "cpu":
         # An output layer that shares the embeddings' weights has a packed copy, which is left as it was.

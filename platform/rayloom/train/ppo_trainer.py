@@ -136,7 +136,7 @@ class PpoTrainer(HeadTrainer):
         if self._manifest:
             self._post_manifest()
         self._experience = self._learn_from(taken)
-        self._steps = deque(self._deal_steps(len(self._experience.answers)))
+        self._steps = deque(self._deal_steps(self._experience.answers))
         return True
 
     def end_step(self) -> bool:
@@ -165,17 +165,16 @@ class PpoTrainer(HeadTrainer):
             kept=kept,
         )
 
-    def _deal_steps(self, answers: int) -> Iterator[torch.Tensor]:
+    def _deal_steps(self, answers: Sequence[Answer]) -> Iterator[torch.Tensor]:
         """Which answers each step of the round learns from: every answer once an epoch, in another order each. All
         ranks make as many steps, also where one has fewer answers. Those of a step stand by their length, for less
         padding: its loss is one sum, whichever batch they fall into."""
         size = self._settings.batch_size * self._settings.accumulation
-        most = int(over_ranks(torch.tensor([float(answers)]), self.args.device, "max")[0])
-        assert self._experience is not None  # made with the round
-        lengths = torch.tensor([row_length(answer) for answer in self._experience.answers], dtype=torch.long)
+        most = int(over_ranks(torch.tensor([float(len(answers))]), self.args.device, "max")[0])
+        lengths = torch.tensor([row_length(answer) for answer in answers], dtype=torch.long)
         for epoch in range(self._stage.epochs):
             key = (self._settings.seed, "answers", self._state.rounds, epoch, self.args.process_index)
-            order = torch.as_tensor(permutation(answers, *key), dtype=torch.long)
+            order = torch.as_tensor(permutation(len(answers), *key), dtype=torch.long)
             for start in range(0, most, size):
                 step = order[start : start + size]
                 yield step[lengths[step].argsort(descending=True, stable=True)]

@@ -254,7 +254,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
         "eval": evaluation,
         "precision": precision,
         "engine": engine_of(trainer.model_wrapped)
-        | {"row_threads": trainer.row_threads.cores if trainer.row_threads else 1},
+        | {"row_threads": trainer.row_threads.threads if trainer.row_threads else 1},
         "parameters": parameters.as_dict() | {"trained": sum(map(size_of, trainer.trained))},
     }
 
