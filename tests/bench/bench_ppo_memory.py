@@ -68,7 +68,7 @@ def measure(side: str, rows: int, folder: Path) -> dict[str, float]:
 
     from rayloom.stages.ppo_config import PpoConfig
     from rayloom.train.experience import Scored, make_experience
-    from rayloom.train.ppo_answers import last_positions, make_answer_batch, mask_of, spread
+    from rayloom.train.ppo_answers import make_answer_batch, mask_of, spread
     from rayloom.train.ppo_loss import Totals, step_loss
 
     torch.set_num_threads(1)
@@ -85,9 +85,9 @@ def measure(side: str, rows: int, folder: Path) -> dict[str, float]:
     parts = [list(range(start, start + rows)) for start in range(0, ROWS, rows)]
     for numbers in parts:
         chosen = [answers[number] for number in numbers]
-        batch = make_answer_batch(chosen, 0)
+        batch = make_answer_batch(chosen, 0, packed=True)
         with torch.no_grad():
-            rewards += models["reward"](batch, last_positions(batch, chosen)).tolist()
+            rewards += models["reward"](batch).tolist()
             for name in ("log_probs", "reference", "values"):
                 table = found.setdefault(name, torch.zeros(mask.shape))
                 table[numbers] = spread(models[name](batch), mask[numbers])
@@ -97,7 +97,7 @@ def measure(side: str, rows: int, folder: Path) -> dict[str, float]:
     optimizer = torch.optim.AdamW(models["trained"], lr=1e-4)
     total = 0.0
     for numbers in parts:
-        batch = make_answer_batch([answers[number] for number in numbers], 0)
+        batch = make_answer_batch([answers[number] for number in numbers], 0, packed=True)
         known = experience.known(torch.tensor(numbers))
         for said, of_pass in models["passes"](batch, known):
             loss, _ = step_loss(said, of_pass, stage, totals, max_tokens=ANSWER, kl_coefficient=0.0)
@@ -184,12 +184,13 @@ def adapted() -> Any:
 
 def scores_of(model: Any, positions: Any) -> Callable[[Any], Any]:
     """What a model says of a batch's answers, (kept,) each."""
+    from rayloom.train.ppo_answers import model_inputs
     from rayloom.train.ppo_loss import TokenScores
     from rayloom.train.token_scores import token_scores
 
     def say(batch: Any) -> TokenScores:
         positions.choose(batch["positions"])
-        output = model(input_ids=batch["input_ids"], use_cache=False)
+        output = model(**model_inputs(batch))
         log_probs, entropies = token_scores(output.logits[0], batch["labels"][0], 1.0)
         values = output["state_values"][0] if "state_values" in output else None
         return TokenScores(log_probs, entropies, values)

@@ -95,3 +95,55 @@ def test_packed_examples_learn_as_if_alone(tiny_model):
     assert loss == pytest.approx(expected, abs=1e-5)  # transformers takes the loss in fp32
     for name, gradient in gradients.items():
         torch.testing.assert_close(packed_gradients[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+
+
+LENGTHS = [9, 2, 5, 4, 7, 3, 6]
+
+
+def lone(lengths: list[int]) -> list[dict[str, list[int]]]:
+    """Rows of one example each, of which some tokens train."""
+    return [
+        {
+            "input_ids": [(7 * n + position) % 60 for position in range(length)],
+            "labels": [-100, *((7 * n + position) % 60 if position % 3 else -100 for position in range(1, length))],
+            "position_ids": list(range(length)),
+        }
+        for n, length in enumerate(lengths)
+    ]
+
+
+@pytest.mark.parametrize(("row", "side_by_side", "shape"), [(2048, 1, (1, 36)), (2048, 2, (2, 19)), (10, 2, (4, 9))])
+def test_rows_are_put_together(monkeypatch, row, side_by_side, shape):
+    """In as many rows as asked for, or a multiple of it where they would be long; none has much padding."""
+    monkeypatch.setattr("rayloom.train.batch.ROW", row)
+    batch = make_batch(table(lone(LENGTHS)), 0, side_by_side)
+    assert tuple(batch["input_ids"].shape) == shape
+    padded = batch["input_ids"].numel() - sum(LENGTHS)
+    starts = batch["position_ids"] == 0
+    assert int(starts.sum()) == len(LENGTHS) + (padded > 0)  # padding begins anew too; one row has some
+    apart = make_batch(table(lone(LENGTHS)), 0)
+    assert sorted(batch["labels"][0].tolist()) == sorted(apart["labels"][0].tolist())
+
+
+def test_rows_that_are_packed_or_alone_stay_as_they_are():
+    for rows in (ROWS, ROWS[1:], []):
+        one, other = make_batch(table(rows), 0, 2), make_batch(table(rows), 0)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("row", [2048, 10])
+def test_rows_put_together_learn_as_if_apart(tiny_model, monkeypatch, row):
+    monkeypatch.setattr("rayloom.train.batch.ROW", row)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64, use_cache=False)
+    head = TrainedPositions(model)
+    found = []
+    for side_by_side in (None, 2):
+        batch = make_batch(table(lone(LENGTHS)), 0, side_by_side)
+        head.choose(batch.pop("positions"))
+        model.zero_grad()
+        loss = model(**batch, num_items_in_batch=torch.tensor(20)).loss
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    for apart, together in zip(*found, strict=True):
+        torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-7)

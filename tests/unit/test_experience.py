@@ -11,7 +11,7 @@ from rayloom.losses.advantage import leave_one_out
 from rayloom.rollout.request import Rollout
 from rayloom.stages.ppo_config import PpoConfig
 from rayloom.train.experience import Experience, Scored, make_experience
-from rayloom.train.ppo_answers import Answer, Asked, last_positions, make_answer_batch, mask_of, spread
+from rayloom.train.ppo_answers import Answer, Asked, make_answer_batch, mask_of, spread
 from rayloom.train.ppo_loss import TokenScores, Totals, step_loss
 
 LENGTHS = [3, 1, 4, 2]
@@ -41,18 +41,44 @@ def experience(**stage: Any) -> Experience:
 
 
 def test_batches_predict_the_answers_tokens() -> None:
-    batch = make_answer_batch(answers(), pad_token=0)
+    batch = make_answer_batch(answers(), pad_token=0, packed=False)
     ids, width = batch["input_ids"].flatten(), batch["input_ids"].shape[1]
     assert batch["input_ids"][2].tolist() == [5, 6, 7, 10, 11, 12, 13]
     assert ids[batch["positions"] + 1].tolist() == batch["labels"][0].tolist()
     assert batch["labels"][0].tolist() == [10, 11, 12, 10, 10, 11, 12, 13, 10, 11]
-    assert last_positions(batch, answers()).tolist() == [4, width + 2, 2 * width + 6, 3 * width + 4]
+    assert batch["last"].tolist() == [4, width + 2, 2 * width + 6, 3 * width + 4]
     table = spread(batch["labels"][0].float(), mask_of(answers()))
     assert table[3].tolist() == [10, 11, 0, 0]
 
 
-def test_no_answers_make_one_row_of_padding() -> None:
-    batch = make_answer_batch([], pad_token=9)
+@pytest.mark.parametrize("row", [2048, 8])
+def test_rows_of_several_answers_predict_the_same(monkeypatch: pytest.MonkeyPatch, row: int) -> None:
+    """In one row; in three, of which two have padding."""
+    monkeypatch.setattr("rayloom.train.batch.ROW", row)
+    batch = make_answer_batch(answers(), pad_token=0, packed=True)
+    ids = batch["input_ids"].flatten()
+    assert ids[batch["positions"] + 1].tolist() == batch["labels"][0].tolist()
+    assert batch["labels"][0].tolist() == [10, 11, 12, 10, 10, 11, 12, 13, 10, 11]
+    assert ids[batch["last"]].tolist() == [12, 10, 13, 11]
+    if row == 2048:
+        assert batch["input_ids"].tolist() == [[5, 6, 10, 11, 12, 5, 6, 10, 5, 6, 7, 10, 11, 12, 13, 5, 6, 7, 10, 11]]
+        assert batch["position_ids"].tolist() == [[*range(5), *range(3), *range(7), *range(5)]]
+    else:
+        assert batch["input_ids"].tolist() == [
+            [5, 6, 7, 10, 11, 12, 13, 0],
+            [5, 6, 10, 11, 12, 5, 6, 10],
+            [5, 6, 7, 10, 11, 0, 0, 0],
+        ]
+        assert batch["position_ids"].tolist() == [
+            [*range(7), 0],
+            [*range(5), *range(3)],
+            [*range(5), *range(3)],
+        ]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_answers_make_one_row_of_padding(packed: bool) -> None:
+    batch = make_answer_batch([], pad_token=9, packed=packed)
     assert batch["input_ids"].tolist() == [[9, 9]]
     assert batch["positions"].tolist() == [0]
     assert batch["labels"].tolist() == [[-100]]

@@ -47,6 +47,6 @@ def test_every_answer_once_an_epoch_and_those_of_a_step_by_length(sizes, batch, 
 
 
 def test_a_batch_of_answers_is_padded_to_its_longest():
-    batch = make_answer_batch([_answer(0, 3, 5), _answer(1, 2, 2)], pad_token=9)
+    batch = make_answer_batch([_answer(0, 3, 5), _answer(1, 2, 2)], pad_token=9, packed=False)
     assert batch["input_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 0, 1, 9, 9, 9, 9]]
     assert torch.equal(batch["positions"], torch.tensor([2, 3, 4, 5, 6, 9, 10]))

@@ -17,7 +17,7 @@ from rayloom.methods.attach import attach_method
 from rayloom.methods.config import LoraConfig
 from rayloom.models.value_head import attach_critic, save_value_head, value_head_for
 from rayloom.train.batch import TrainedPositions
-from rayloom.train.ppo_answers import last_positions, make_answer_batch
+from rayloom.train.ppo_answers import make_answer_batch, model_inputs
 from rayloom.train.reward_models import AdapterRewardModel, OutputStates, OwnRewardModel
 
 
@@ -60,26 +60,28 @@ def policy_with_reward(tiny_model: Path, folder: Path) -> tuple[Any, TrainedPosi
     return model, positions, judge
 
 
-def test_scores_are_those_of_the_reward_model_alone(tiny_model: Path, reward_folder: Path) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_scores_are_those_of_the_reward_model_alone(tiny_model: Path, reward_folder: Path, packed: bool) -> None:
     model, positions, judge = policy_with_reward(tiny_model, reward_folder)
-    batch = make_answer_batch(answers(), pad_token=0)
+    batch = make_answer_batch(answers(), pad_token=0, packed=packed)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     positions.choose(batch["positions"])
-    before = model(input_ids=batch["input_ids"]).logits.detach()
-    scores = judge.score(batch, last_positions(batch, answers()))
+    before = model(**model_inputs(batch)).logits.detach()
+    scores = judge.score(batch)
     assert scores.tolist() == pytest.approx(alone(tiny_model, reward_folder), abs=1e-5)
     positions.choose(batch["positions"])
-    assert torch.equal(model(input_ids=batch["input_ids"]).logits, before)
+    assert torch.equal(model(**model_inputs(batch)).logits, before)
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
     assert all("reward" not in name for name in trained)
 
 
-def test_a_whole_model_gives_the_same(tiny_model: Path, reward_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_whole_model_gives_the_same(tiny_model: Path, reward_folder: Path, packed: bool) -> None:
     loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), reward_folder)
     merged = loaded.merge_and_unload()
     judge = OwnRewardModel(merged, TrainedPositions(merged), reward_folder)
-    batch = make_answer_batch(answers(), pad_token=0)
-    scores = judge.score(batch, last_positions(batch, answers()))
+    batch = make_answer_batch(answers(), pad_token=0, packed=packed)
+    scores = judge.score(batch)
     assert scores.tolist() == pytest.approx(alone(tiny_model, reward_folder), abs=1e-4)
 
 
@@ -94,4 +96,4 @@ def test_there_is_one_copy_of_the_base(tiny_model: Path, reward_folder: Path) ->
     assert count() == there + 1
     own = [p for name, p in model.named_parameters() if "lora_" not in name and "v_head" not in name]
     assert sum(p.numel() for p in own) == base
-    assert judge._model is model
+    assert judge.model is model

@@ -97,11 +97,14 @@ def test_packed_rows():
     ]
 
 
-def test_rows_without_packing_are_the_examples_by_length():
+@pytest.mark.parametrize("by_length", [False, True])
+def test_rows_without_packing_are_the_examples(by_length):
     examples = [encoded([1, 2, 3, 4], 0, 5), encoded([3], 0, 2), encoded([4, 5], 0, 8)]
-    table = segment_table(segment(0, 0), examples, [0, 0], capacity=None, seed=0)
-    assert table["input_ids"].to_pylist() == [[3], [4, 5], [1, 2, 3, 4]]
-    assert table["rows"].to_pylist() == [[2], [8], [5]]
+    table = segment_table(segment(0, 0), examples, [0, 0], capacity=None, seed=0, by_length=by_length)
+    ids, numbers = [[1, 2, 3, 4], [3], [4, 5]], [[5], [2], [8]]
+    order = [1, 2, 0] if by_length else [0, 1, 2]
+    assert table["input_ids"].to_pylist() == [ids[n] for n in order]
+    assert table["rows"].to_pylist() == [numbers[n] for n in order]
     assert table["row"].to_pylist() == [0, 1, 2]
     assert table["epochs_done"].to_pylist() == pytest.approx([0.4 / 3, 0.8 / 3, 0.4])
 
@@ -111,13 +114,14 @@ def test_runs_of_like_length_come_in_any_order():
     generator = np.random.default_rng(0)
     lengths = generator.integers(1, 500, size=512)
     examples = [encoded([1] * int(n), 0, i) for i, n in enumerate(lengths)]
-    table = segment_table(segment(), examples, [], capacity=None, seed=0)
+    table = segment_table(segment(), examples, [], capacity=None, seed=0, by_length=True)
     order = [len(ids) for ids in table["input_ids"]]
     assert sorted(order) == sorted(lengths)
     batches = np.array(order).reshape(-1, 8)
     assert batches.sum() / (8 * batches.max(axis=1)).sum() > 0.97
     assert np.abs(np.corrcoef(np.arange(512), order)[0, 1]) < 0.6
-    assert segment_table(segment(), examples, [], capacity=None, seed=1)["rows"] != table["rows"]
+    other = segment_table(segment(), examples, [], capacity=None, seed=1, by_length=True)
+    assert other["rows"] != table["rows"]
 
 
 def test_a_piece_that_goes_on_is_no_new_example():

@@ -110,20 +110,24 @@ def test_few_rows_and_other_types_are_the_layers_own(monkeypatch):
     torch.testing.assert_close(wide.float()(many), layer.float()(many), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("passes", "is_faster"), [(1, False), (0, True)])
-def test_the_processor_is_asked(monkeypatch, passes, is_faster):
-    def as_slow_as(x, weight):
-        for _ in range(2 * passes):
-            torch.nn.functional.linear(x, weight)
-
-    monkeypatch.setattr(wide_products, "linear", as_slow_as)
-    threads = torch.get_num_threads()
+@pytest.mark.parametrize(
+    ("architecture", "name", "instructions", "is_faster"),
+    [
+        ("x86_64", "Intel Xeon", ["avx512_bf16"], True),
+        ("x86_64", "Intel Xeon", ["avx512_bf16", "amx_bf16"], False),
+        ("x86_64", "AMD EPYC", ["avx512_bf16"], False),
+        ("x86_64", "AMD EPYC", [], True),
+        ("aarch64", "Neoverse V2", ["arm_bf16"], False),
+    ],
+)
+def test_it_is_told_from_what_the_processor_is(monkeypatch, architecture, name, instructions, is_faster):
+    features = {"architecture": architecture, "cpu_name": name, **dict.fromkeys(instructions, True)}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
     float32_is_faster.cache_clear()
     try:
         assert float32_is_faster() is is_faster
     finally:
         float32_is_faster.cache_clear()
-    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize(

@@ -69,10 +69,25 @@ class JobConfig(ConfigPart):
             raise ValueError("; ".join(f"optimizer.type: {fault}" for fault in faults))
         return self
 
+    @model_validator(mode="after")
+    def _lengths_are_grouped_once(self) -> JobConfig:
+        if self.packs and self.data.group_by_length:
+            raise ValueError(
+                "data.group_by_length: packed rows are full, whatever the examples' lengths; leave it out, or set "
+                "data.packing: false"
+            )
+        return self
+
     @property
     def packs(self) -> bool:
         """Whether several examples share a row; two answers to one prompt are a row of their own."""
         return self.data.packing and self.stage.rows in ("texts", "conversations")
+
+    @property
+    def groups_by_length(self) -> bool:
+        """Whether rows of one example each have neighbours of nearly their length."""
+        wish = self.data.group_by_length
+        return self.stage.rows in ("pairs", "judgements") if wish is None else wish
 
     @property
     def output_folder(self) -> Path | None:

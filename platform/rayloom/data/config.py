@@ -80,6 +80,10 @@ class DataConfig(ConfigPart):
     """Longest token row. A longer example is cut: whole turns from the oldest on, then inside its longest part."""
     packing: bool = True
     """Put several short examples into one row, kept apart in attention and positions."""
+    group_by_length: bool | None = None
+    """Where a row is one example: let those of nearly one length follow each other, for less padding. Left out: yes
+    where each example counts alike (pairs, judgements), no where each token does: there a step of short answers would
+    count as much as one of long ones."""
     window: Whole = Field(default=512, ge=1)
     """Examples that are read, shuffled and packed together: the grain of reading, not of resuming."""
     store: str | None = None

@@ -1,4 +1,4 @@
-"""Packing: several short examples in one row, by best fit decreasing.
+"""Packing: several short examples in one row, and pieces of work in even shares.
 
 Best fit decreasing (Johnson 1973) takes the longest example first and puts it into the fullest row that still holds
 it. Ties go to the earlier example and the earlier row, so the result depends on the lengths alone.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from heapq import heapify, heapreplace
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -34,3 +35,24 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
             rows[row].append(index)
             insort(room, (free - length, row))
     return sorted((sorted(row) for row in rows), key=lambda row: row[0])
+
+
+def split_evenly(work: Sequence[int], shares: int) -> list[list[int]]:
+    """Deal pieces of work: the longest first, each to the share with the least so far (Graham 1969: at most 4/3 of the
+    best possible). A pure function of its arguments; equal pieces go by their order.
+
+    Args:
+        work: what each piece costs, 0 or above.
+        shares: at least 1.
+
+    Returns:
+        For each share the indices of its pieces, ascending; every index once.
+    """
+    loads = [(0, share) for share in range(shares)]
+    heapify(loads)
+    dealt: list[list[int]] = [[] for _ in range(shares)]
+    for index in sorted(range(len(work)), key=lambda index: (-work[index], index)):
+        load, share = loads[0]
+        dealt[share].append(index)
+        heapreplace(loads, (load + work[index], share))
+    return [sorted(share) for share in dealt]

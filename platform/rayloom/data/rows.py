@@ -34,7 +34,7 @@ to the cutoff, and the tokens that they lost."""
 HELD_OUT, CUT, TOKENS_CUT = range(len(DROP_REASONS), len(COUNTERS))
 
 SAME_LENGTH_ROWS = 32
-"""Without packing, so many rows of nearly one length follow each other: batches hold little padding."""
+"""Of rows by length so many of nearly one length follow each other: batches hold little padding."""
 
 SCHEMA = pa.schema(
     {
@@ -85,20 +85,30 @@ def row_name(number: int) -> str:
 
 
 def segment_table(
-    segment: Segment, examples: Sequence[Encoded], counts: Sequence[int], capacity: int | None, seed: int
+    segment: Segment,
+    examples: Sequence[Encoded],
+    counts: Sequence[int],
+    capacity: int | None,
+    seed: int,
+    *,
+    by_length: bool = False,
 ) -> pa.Table:
     """The token rows of one segment.
 
     Args:
         examples: the segment's examples in stream order.
         counts: `COUNTERS` of each set, sets first.
-        capacity: tokens in a packed row; None: one example a row, neighbours of nearly one length. Two sequences of one
-            example (`Encoding.border`) are always a row of their own.
+        capacity: tokens in a packed row; None: one example a row. Two sequences of one example (`Encoding.border`) are
+            always a row of their own.
+        by_length: whether rows of one example each have neighbours of nearly their length; else they are in stream
+            order.
+        seed: of the order of the runs of like length.
     """
     lengths = [len(example.input_ids) for example in examples]
     start = segment.start
     if capacity is None or any(example.border for example in examples):
-        groups = [[index] for index in _by_length(lengths, (seed, start.epoch, "rows", start.segment))]
+        order = _by_length(lengths, (seed, start.epoch, "rows", start.segment)) if by_length else range(len(lengths))
+        groups = [[index] for index in order]
     else:
         groups = pack(lengths, capacity)
     if not groups:  # all were left out; an empty row still tells how many

@@ -61,6 +61,8 @@ class SegmentOptions:
     cutoff: int
     packing: bool
     """Whether several examples share a row."""
+    by_length: bool = False
+    """Whether rows of one example each have neighbours of nearly their length."""
     mismatched: bool = False
     """Whether each example gets a second sequence, its prompt with another example's answer (`data.mismatch`)."""
     on_bad_row: Literal["error", "skip"] = "error"
@@ -185,7 +187,8 @@ class EncodeSegment:
         """
         items = read_segment(plan, segment, self.options)
         encoded, counts = encode_items(plan, items, self.encoder, self.options)
-        return segment_table(segment, encoded, counts, self.options.cutoff if self.options.packing else None, plan.seed)
+        capacity = self.options.cutoff if self.options.packing else None
+        return segment_table(segment, encoded, counts, capacity, plan.seed, by_length=self.options.by_length)
 
 
 def encode_items(

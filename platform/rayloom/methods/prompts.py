@@ -53,6 +53,12 @@ def attach_prefix(model: Any, method: PrefixConfig, empty: bool) -> Any:
     return wrap(model, config, "method", empty)
 
 
+def stands_before_rows(model: Any) -> bool:
+    """Whether the method puts something before a row, so that a row must hold one example."""
+    config = getattr(model, "active_peft_config", None)
+    return config is not None and bool(config.is_prompt_learning)
+
+
 def virtual_tokens(model: Any) -> int:
     """How many hidden states stand before those of a row's own tokens. A prefix has none: it is in the cache."""
     config = getattr(model, "active_peft_config", None)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from rayloom.models.block_attention import Sizes, causal_attention
+from rayloom.models.packing import packing_is_exact
 
 NAME = "packed_sdpa"
 
@@ -33,6 +34,12 @@ def use_packed_attention(model: Any) -> None:
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     config._attn_implementation = NAME
+
+
+def packs_cheaply(model: Any, device: torch.device) -> bool:
+    """Whether a model on this device keeps the examples of a packed row apart, and computes nothing between them."""
+    cheap_on = {NAME: ("cpu",), "flash_attention_2": ("cuda",)}.get(model.config._attn_implementation, ())
+    return device.type in cheap_on and packing_is_exact(model.config.model_type) is True
 
 
 def packed_attention(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from functools import lru_cache
 from typing import Any
 
@@ -20,8 +19,6 @@ _LEAST_ROWS = 64
 """Of the input: with fewer, converting the weight takes longer than the faster product saves."""
 _ROWS, _TILE = 1024, 2**21
 """Rows of the input, and numbers of the weight, that are converted at a time."""
-_LEAST_GAIN = 1.25
-"""Less is not worth another order of sums. The processors that were tried have 0.5 or 1.8."""
 
 
 def is_wide(x: torch.Tensor) -> bool:
@@ -34,21 +31,14 @@ def is_wide(x: torch.Tensor) -> bool:
 def float32_is_faster() -> bool:
     """Whether this processor multiplies bf16 matrices faster in float32, both conversions included.
 
-    It is measured once in a process, for some 50 ms, as the processor time of one thread: other processes do not count.
+    It is told from what the processor is, and not measured: beside other work a measure comes out otherwise now and
+    then, and a run that goes on would not add up as it did before.
     """
-    x, weight = (torch.ones(size, 768, dtype=torch.bfloat16) for size in (256, 1024))
-    seconds: dict[Any, float] = {}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.no_grad():
-            for product in (torch.nn.functional.linear, linear) * 4:
-                began = time.thread_time()
-                product(x, weight)
-                seconds[product] = min(seconds.get(product, torch.inf), time.thread_time() - began)
-    finally:
-        torch.set_num_threads(threads)
-    return seconds[torch.nn.functional.linear] > _LEAST_GAIN * seconds[linear]
+    features = torch.cpu.get_capabilities()
+    if features.get("architecture") != "x86_64" or features.get("amx_bf16"):
+        return False
+    # Intel's instruction has half of float32's rate (a virtual machine may hide AMX), AMD's twice; others emulate it.
+    return "intel" in str(features.get("cpu_name")).lower() or not features.get("avx512_bf16")
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -18,8 +18,8 @@ from typing import Any
 
 import ray
 
+from rayloom.data.pack import split_evenly
 from rayloom.errors import JobError, RequestError, first_line
-from rayloom.rollout.balance import split, work_of
 from rayloom.rollout.config import RolloutConfig
 from rayloom.rollout.members import LostError, Member, Members
 from rayloom.rollout.request import EngineOptions, Probe, Prompt, Rollout, Sampling, Served, Weights
@@ -134,7 +134,7 @@ class Fleet:
         left = prompts
         while left:
             members = await self._members.serving()
-            shares = split([work_of(prompt, sampling.max_tokens) for prompt in left], len(members))
+            shares = split_evenly([prompt.work(sampling.max_tokens) for prompt in left], len(members))
             asked = [
                 (member, [left[index] for index in share])
                 for member, share in zip(members, shares, strict=True)

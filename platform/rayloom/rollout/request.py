@@ -80,6 +80,10 @@ class Prompt:
     samples: int = 1
     """Answers to give, at least 1."""
 
+    def work(self, max_tokens: int) -> int:
+        """Tokens that it may cost: its own once (its answers share them in the prefix cache), and its answers'."""
+        return len(self.token_ids) + self.samples * max_tokens
+
 
 @dataclass(frozen=True)
 class Rollout:

@@ -104,6 +104,7 @@ def segment_options(job: JobConfig) -> SegmentOptions:
     return SegmentOptions(
         cutoff=data.cutoff,
         packing=job.packs,
+        by_length=job.groups_by_length,
         mismatched=job.stage.rows == "judgements",
         on_bad_row=data.on_bad_row,
         held_out=data.held_out,
@@ -112,6 +113,6 @@ def segment_options(job: JobConfig) -> SegmentOptions:
 
 
 def eval_options(job: JobConfig) -> SegmentOptions:
-    """The same for evaluation: one example a row, so that each counts for its own set."""
+    """The same for evaluation: one example a row, so that each counts for its own set; their order says nothing."""
     part: Literal["train", "held out"] = "held out" if job.data.held_out else "train"
-    return replace(segment_options(job), packing=False, part=part)
+    return replace(segment_options(job), packing=False, by_length=True, part=part)

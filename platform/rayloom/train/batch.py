@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from rayloom.data.pack import split_evenly
 from rayloom.data.rows import IGNORED, collate
 
 Batch = dict[str, Any]
 """Tensors by name; of some stages also a batch within the batch."""
 
 
-def make_batch(table: pa.Table, pad_token: int) -> Batch:
+ROW = 2048
+"""About as many tokens a row of several examples has, or as many as the longest one: a mask is a row's length
+squared."""
+_LISTS = ("input_ids", "labels", "position_ids")
+
+
+def make_batch(table: pa.Table, pad_token: int, side_by_side: int | None = None) -> Batch:
     """The rows of `table`, padded: `input_ids`, `position_ids` (batch, length), and of the rest only what is trained.
 
     Where no row is packed there are no `position_ids`: a model knows its own, and those of some do not begin at 0
@@ -27,7 +34,13 @@ def make_batch(table: pa.Table, pad_token: int) -> Batch:
     its trained tokens are: `positions` (kept,), numbers into the flattened (batch * length); `shift_labels` and
     `labels` (1, kept), the token that each of them must predict. `labels` is there because models compute a loss only
     where they are given some. `TrainedPositions` makes a model follow. The loss is the same sum.
+
+    Args:
+        side_by_side: where no row is packed, put them together into so many rows of nearly the same length, or a
+            multiple of it, with hardly any padding; None: each stays by itself.
     """
+    if side_by_side is not None and not _is_packed(table):
+        table = _joined(table, side_by_side)
     batch = {name: torch.from_numpy(array) for name, array in collate(table, pad_token).items()}
     if not _is_packed(table):
         del batch["position_ids"]
@@ -42,6 +55,27 @@ def make_batch(table: pa.Table, pad_token: int) -> Batch:
 def _is_packed(table: pa.Table) -> bool:
     """Whether a row holds more than one example."""
     return any(np.count_nonzero(positions.values.to_numpy() == 0) > 1 for positions in table["position_ids"])
+
+
+def shared_rows(lengths: Sequence[int], side_by_side: int = 1) -> list[list[int]]:
+    """Which sequences share a row, so that rows are of nearly one length.
+
+    Args:
+        lengths: of the sequences, in tokens; at least one.
+        side_by_side: there is a multiple of so many rows, where there are as many sequences.
+    """
+    rows = side_by_side * max(1, -(-sum(lengths) // (side_by_side * ROW)))
+    return split_evenly(lengths, min(rows, len(lengths)))
+
+
+def _joined(table: pa.Table, side_by_side: int) -> pa.Table:
+    """The tokens of a table's rows in fewer rows."""
+    if table.num_rows < 2:
+        return table
+    columns = {name: [row.values.to_numpy() for row in table[name]] for name in _LISTS}
+    groups = shared_rows([len(ids) for ids in columns["input_ids"]], side_by_side)
+    joined = {name: [np.concatenate([rows[n] for n in group]) for group in groups] for name, rows in columns.items()}
+    return pa.table(joined, schema=pa.schema([table.schema.field(name) for name in _LISTS]))
 
 
 class TrainedPositions:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rayloom.stages.config import SMALLER_IS_BETTER
+from rayloom.train.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,13 @@ class BestRule:
     patience: int | None
     """After so many evaluations on end that are no better than the best, the training ends; None: it goes on."""
     eval_steps: int
+
+    @classmethod
+    def of(cls, settings: TrainConfig) -> BestRule | None:
+        """The job's; None: it has none, or no evaluation."""
+        if not settings.best_metric or not settings.eval_steps:
+            return None
+        return cls(settings.best_metric, settings.early_stopping, settings.eval_steps)
 
     def score(self, value: float) -> float:
         """The value, or its negative: the larger the better."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from rayloom.data.encoding import IGNORED
 from rayloom.rollout.request import Rollout
-from rayloom.train.batch import Batch
+from rayloom.train.batch import Batch, shared_rows
 
 
 @dataclass(frozen=True)
@@ -60,35 +61,54 @@ def engine_log_probs(answers: Sequence[Answer], width: int) -> torch.Tensor:
     return table
 
 
-def make_answer_batch(answers: Sequence[Answer], pad_token: int) -> Batch:
+def make_answer_batch(answers: Sequence[Answer], pad_token: int, *, packed: bool) -> Batch:
     """Prompts with their answers, padded on the right; no answers make one row of padding that stands for none.
 
+    Args:
+        packed: whether a row may hold several, which the model keeps apart by `position_ids`; else each has its own.
+
     Returns:
-        `input_ids` (batch, length); `positions` (kept,), numbers into the flattened (batch * length), where the tokens
-        of the answers are predicted, row by row; `labels` (1, kept), these tokens. Without answers one position, whose
-        label is `IGNORED`.
+        `input_ids` (rows, length), and where packed `position_ids`, which begin again at each prompt and at the
+        padding; `positions` (kept,), numbers into the flattened (rows * length), where the tokens of the answers are
+        predicted, answer by answer; `labels` (1, kept), these tokens; `last` (answers,), where each answer's last
+        token is. Without answers one position, whose label is `IGNORED`.
     """
     rows = [[*answer.asked.token_ids, *answer.rollout.token_ids] for answer in answers] or [[pad_token, pad_token]]
-    width = max(map(len, rows))
-    input_ids = torch.full((len(rows), width), pad_token, dtype=torch.long)
+    lengths = list(map(len, rows))
+    groups = shared_rows(lengths) if packed else [[number] for number in range(len(rows))]
+    width = max(sum(lengths[number] for number in group) for group in groups)
+    input_ids = torch.full((len(groups), width), pad_token, dtype=torch.long)
+    position_ids = torch.zeros_like(input_ids)
+    starts = [0] * len(rows)
+    for row, group in enumerate(groups):
+        end = 0
+        for number in group:
+            start, end = end, end + lengths[number]
+            input_ids[row, start:end] = torch.tensor(rows[number])
+            position_ids[row, start:end] = torch.arange(end - start)
+            starts[number] = row * width + start
+        position_ids[row, end:] = torch.arange(width - end)
     positions: list[int] = []
     labels: list[int] = []
-    for number, ids in enumerate(rows):
-        input_ids[number, : len(ids)] = torch.tensor(ids)
-    for number, answer in enumerate(answers):
-        start = number * width + len(answer.asked.token_ids) - 1
-        positions += range(start, start + len(answer.rollout.token_ids))
+    for start, answer in zip(starts, answers, strict=False):
+        first = start + len(answer.asked.token_ids) - 1
+        positions += range(first, first + len(answer.rollout.token_ids))
         labels += answer.rollout.token_ids
     if not answers:
         positions, labels = [0], [IGNORED]
-    return {"input_ids": input_ids, "positions": torch.tensor(positions), "labels": torch.tensor([labels])}
+    batch = {
+        "input_ids": input_ids,
+        "positions": torch.tensor(positions),
+        "labels": torch.tensor([labels]),
+        "last": torch.tensor(starts) + torch.tensor(lengths) - 1,
+    }
+    return {**batch, "position_ids": position_ids} if packed else batch
 
 
-def last_positions(batch: Batch, answers: Sequence[Answer]) -> torch.Tensor:
-    """(batch,) the last token of each row of `make_answer_batch`, in the flattened (batch * length)."""
-    rows, width = batch["input_ids"].shape
-    lengths = [row_length(answer) for answer in answers] or [1]
-    return torch.arange(rows) * width + torch.tensor(lengths) - 1
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """What a model is called with."""
+    names = ("input_ids", "position_ids") if "position_ids" in batch else ("input_ids",)
+    return {"use_cache": False} | {name: batch[name] for name in names}
 
 
 def spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 import torch
+import transformers
 
 from rayloom.errors import JobError
 from rayloom.rollout.fleet import FleetClient, Pending
@@ -176,3 +177,21 @@ def asked_of(table: pa.Table, first: int) -> list[Asked]:
         for number, row in enumerate(columns)
         if row["sets"]
     ]
+
+
+class RoundEnd(transformers.TrainerCallback):
+    """Puts checkpoints and evaluations off to the end of the round."""
+
+    def __init__(self, end_step: Callable[[], bool]) -> None:
+        """`end_step` is called behind each optimizer step: whether it was the round's last."""
+        self._end_step = end_step
+        self._put_off: set[str] = set()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        is_over = self._end_step()
+        for wish in ("should_save", "should_evaluate"):
+            if getattr(control, wish):
+                self._put_off.add(wish)
+            setattr(control, wish, is_over and wish in self._put_off)
+        if is_over:
+            self._put_off.clear()

@@ -19,10 +19,10 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-import transformers
 
 from rayloom.data.permutation import permutation
 from rayloom.losses.moments import Moments
+from rayloom.models.packed_attention import packs_cheaply
 from rayloom.rollout.config import RolloutConfig
 from rayloom.rollout.rewards.combine import Judged, RewardSum
 from rayloom.rollout.rewards.source import Answered
@@ -35,30 +35,13 @@ from rayloom.train.means import Means
 from rayloom.train.meter import StreamMeter
 from rayloom.train.monitor import answer
 from rayloom.train.policy_sync import PolicySync
-from rayloom.train.ppo_answers import Answer, last_positions, lengths_of, make_answer_batch, mask_of, row_length, spread
+from rayloom.train.ppo_answers import Answer, lengths_of, make_answer_batch, mask_of, model_inputs, row_length, spread
 from rayloom.train.ppo_loss import TokenScores, Totals, step_loss
-from rayloom.train.ppo_rounds import RankFleet, Round, RoundReader, asked_of
+from rayloom.train.ppo_rounds import RankFleet, Round, RoundEnd, RoundReader, asked_of
 from rayloom.train.ppo_setup import RewardModels
 from rayloom.train.ppo_state import PpoState, rank_part, whole_round
 from rayloom.train.schedule import learning_rate_factor
 from rayloom.train.token_scores import token_scores
-
-
-class _RoundEnd(transformers.TrainerCallback):
-    """Puts checkpoints and evaluations off to the end of the round."""
-
-    def __init__(self, trainer: PpoTrainer) -> None:
-        self._trainer = trainer
-        self._put_off: set[str] = set()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        is_over = self._trainer.end_step()
-        for wish in ("should_save", "should_evaluate"):
-            if getattr(control, wish):
-                self._put_off.add(wish)
-            setattr(control, wish, is_over and wish in self._put_off)
-        if is_over:
-            self._put_off.clear()
 
 
 class PpoTrainer(HeadTrainer):
@@ -81,6 +64,8 @@ class PpoTrainer(HeadTrainer):
         super().__init__(**kw)
         self._fleet, self._sync, self._rewards = fleet, sync, rewards
         self._reward_models = reward_models(self._trained_positions)
+        models = [kw["model"], *(judge.model for judge in self._reward_models.values())]
+        self._packs = all(packs_cheaply(model, self.args.device) for model in models)
         self._per_rank, self._rollout = per_rank, rollout
         self._head = kw["model"].v_head if self._stage.has_value_head else None
         self._head_rate = self._stage.value_learning_rate
@@ -90,7 +75,7 @@ class PpoTrainer(HeadTrainer):
         self._experience: Experience | None = None
         self._steps: deque[torch.Tensor] = deque()  # of each step that is left of the round: its answers here
         self._of_rounds, self._of_steps = Means(), Means()
-        self.add_callback(_RoundEnd(self))
+        self.add_callback(RoundEnd(self.end_step))
 
     # --- from round to step -------------------------------------------------------------------------------------------
 
@@ -170,7 +155,7 @@ class PpoTrainer(HeadTrainer):
         ranks make as many steps, also where one has fewer answers. Those of a step stand by their length, for less
         padding: its loss is one sum, whichever batch they fall into."""
         size = self._settings.batch_size * self._settings.accumulation
-        most = int(over_ranks(torch.tensor([float(len(answers))]), self.args.device, "max")[0])
+        most = _most_of_ranks(len(answers), self.args.device)
         lengths = torch.tensor([row_length(answer) for answer in answers], dtype=torch.long)
         for epoch in range(self._stage.epochs):
             key = (self._settings.seed, "answers", self._state.rounds, epoch, self.args.process_index)
@@ -183,7 +168,7 @@ class PpoTrainer(HeadTrainer):
 
     def _tokens(self, model: Any, batch: Batch, *, entropy: bool = False) -> TokenScores:
         """What a model says of a batch's answers; the critic's values too, where there is one and it is asked."""
-        output = model(input_ids=batch["input_ids"], use_cache=False)
+        output = model(**model_inputs(batch))
         logits, labels = output.logits[0], batch["labels"][0]
         log_probs, entropies = token_scores(logits, labels, self._rollout.temperature, entropy=entropy)
         return TokenScores(log_probs, entropies, output["state_values"][0] if "state_values" in output else None)
@@ -261,9 +246,8 @@ class PpoTrainer(HeadTrainer):
         if given:
             with self._scoring():
                 for numbers, batch in self._by_length(answers):
-                    last = last_positions(batch, [answers[n] for n in numbers]).to(self.args.device)
                     for name, model in self._reward_models.items():
-                        given[name][numbers] = model.score(batch, last)[: len(numbers)].float().cpu()
+                        given[name][numbers] = model.score(batch)[: len(numbers)].float().cpu()
         return self._rewards.judge(texts, {name: values.tolist() for name, values in given.items()})
 
     def _answered(self, answer: Answer) -> Answered:
@@ -297,20 +281,21 @@ class PpoTrainer(HeadTrainer):
 
     def _by_length(self, answers: Sequence[Answer]) -> Iterator[tuple[list[int], Batch]]:
         """All answers in batches of nearly one length, and their numbers; as many batches on every rank."""
-        lengths = [row_length(answer) for answer in answers]
-        order = sorted(range(len(answers)), key=lengths.__getitem__, reverse=True)
+        order = sorted(range(len(answers)), key=lambda n: row_length(answers[n]), reverse=True)
         size = self._settings.batch_size
-        most = int(over_ranks(torch.tensor([float(len(answers))]), self.args.device, "max")[0])
-        for start in range(0, most, size):
+        for start in range(0, _most_of_ranks(len(answers), self.args.device), size):
             numbers = order[start : start + size]
-            yield numbers, self._prepare_inputs(make_answer_batch([answers[n] for n in numbers], self._pad_token))
+            yield numbers, self._prepare_inputs(self._batch_of(answers, numbers))
+
+    def _batch_of(self, answers: Sequence[Answer], numbers: Sequence[int]) -> Batch:
+        return make_answer_batch([answers[n] for n in numbers], self._pad_token, packed=self._packs)
 
     # --- the loss -----------------------------------------------------------------------------------------------------
 
     def _answer_batch(self, chosen: torch.Tensor) -> Batch:
         """The batch of some of the round's answers, and under `known` what the loss takes of them, (kept,) each."""
         assert self._experience is not None  # made with the round
-        batch = make_answer_batch([self._experience.answers[n] for n in chosen.tolist()], self._pad_token)
+        batch = self._batch_of(self._experience.answers, chosen.tolist())
         return {**batch, "known": self._experience.known(chosen)}
 
     def _loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -398,3 +383,7 @@ class PpoTrainer(HeadTrainer):
     def restore_own(self, folder: Path) -> None:
         super().restore_own(folder)
         self._state = PpoState.load(folder)
+
+
+def _most_of_ranks(count: int, device: torch.device) -> int:
+    return int(over_ranks(torch.tensor([float(count)]), device, "max")[0])

@@ -11,13 +11,17 @@ import torch
 
 from rayloom.models.value_head import ValueHead, load_value_head, value_head_for
 from rayloom.train.batch import Batch
+from rayloom.train.ppo_answers import model_inputs
 
 
 class RewardModel(Protocol):
-    """Gives every row of a batch a number."""
+    """Gives every answer of a batch a number."""
 
-    def score(self, batch: Batch, last: torch.Tensor) -> torch.Tensor:
-        """(batch,) float32; `last`: (batch,) where each row's last token is, in the flattened (batch * length)."""
+    model: Any
+    """What computes it."""
+
+    def score(self, batch: Batch) -> torch.Tensor:
+        """(answers,) float32, of a batch of `make_answer_batch`."""
         ...
 
 
@@ -54,13 +58,13 @@ class AdapterRewardModel:
     """
 
     def __init__(self, model: Any, name: str, positions: Any, states: OutputStates, folder: Path) -> None:
-        self._model, self._name, self._positions, self._states = model, name, positions, states
+        self.model, self._name, self._positions, self._states = model, name, positions, states
         self._head = _head(model, folder)
 
-    def score(self, batch: Batch, last: torch.Tensor) -> torch.Tensor:
-        self._positions.choose(last)
-        with torch.no_grad(), using_adapter(self._model, self._name), self._states.wanted():
-            self._model(input_ids=batch["input_ids"], use_cache=False)
+    def score(self, batch: Batch) -> torch.Tensor:
+        self._positions.choose(batch["last"])
+        with torch.no_grad(), using_adapter(self.model, self._name), self._states.wanted():
+            self.model(**model_inputs(batch))
         return _judged(self._head, self._states)
 
 
@@ -68,17 +72,16 @@ class OwnRewardModel:
     """A whole model with a value head."""
 
     def __init__(self, model: Any, positions: Any, folder: Path) -> None:
-        self._model, self._positions = model.requires_grad_(False).eval(), positions
+        self.model, self._positions = model.requires_grad_(False).eval(), positions
         self._states = OutputStates(model)
         self._head = _head(model, folder)
 
-    def score(self, batch: Batch, last: torch.Tensor) -> torch.Tensor:
-        ids = batch["input_ids"]
-        if self._model.device != ids.device:
-            self._model.to(ids.device)
-        self._positions.choose(last)
+    def score(self, batch: Batch) -> torch.Tensor:
+        if self.model.device != batch["input_ids"].device:
+            self.model.to(batch["input_ids"].device)
+        self._positions.choose(batch["last"])
         with torch.no_grad(), self._states.wanted():
-            self._model(input_ids=ids, use_cache=False)
+            self.model(**model_inputs(batch))
         return _judged(self._head, self._states)
 
 

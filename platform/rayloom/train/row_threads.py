@@ -83,8 +83,8 @@ class RowThreads:
 
     def __init__(self, model: Any, loss: FrozenHeadLoss, positions: TrainedPositions) -> None:
         self._model, self._loss, self._positions = model, loss, positions
-        self._cores = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(self._cores, thread_name_prefix="rows")
+        self.cores = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(self.cores, thread_name_prefix="rows")
         self._forward = model.forward
         self.threads = 1  # that a batch has been divided over, at most
         self.backward_seconds = 0.0  # of the last batch, within its forward pass; the longest of the threads
@@ -93,7 +93,7 @@ class RowThreads:
 
     def parts(self, batch: Batch) -> int:
         """How many threads take a batch: as many as its rows and the cores divide into evenly."""
-        return math.gcd(len(batch["input_ids"]), self._cores)
+        return math.gcd(len(batch["input_ids"]), self.cores)
 
     def whole(self, *args: Any, **inputs: Any) -> Any:
         """The model's own forward pass."""
@@ -117,7 +117,7 @@ class RowThreads:
         parts = self.parts(inputs)
         self.threads = max(self.threads, parts)
         rows, length = inputs["input_ids"].shape
-        cores, size = self._cores // parts, rows // parts
+        cores, size = self.cores // parts, rows // parts
         autocast = {
             "device_type": "cpu",
             "enabled": torch.is_autocast_enabled("cpu"),
@@ -136,7 +136,7 @@ class RowThreads:
             work = partial(self._part, own, positions[here] - first * length, labels[here], weights, autocast, cores)
             jobs.append(self._pool.submit(work))
         wait(jobs)
-        torch.set_num_threads(self._cores)  # for threads to come; each of ours has set its own
+        torch.set_num_threads(self.cores)  # for threads to come; each of ours has set its own
         losses, gradients, seconds = zip(*(job.result() for job in jobs), strict=True)
         self.backward_seconds = max(seconds)
         return torch.stack(losses).sum(), [_sum(of_weight) for of_weight in zip(*gradients, strict=True)]
@@ -156,7 +156,7 @@ class RowThreads:
         with torch.enable_grad():
             with torch.autocast(**autocast):
                 self._forward(**inputs)
-                total = self._loss.summed(hidden.pop(), labels, self._cores // cores)
+                total = self._loss.summed(hidden.pop(), labels, self.cores // cores)
             began = time.perf_counter()
             gradients = torch.autograd.grad(total, weights, allow_unused=True)
         return total.detach(), gradients, time.perf_counter() - began

@@ -26,8 +26,9 @@ from rayloom.data.rows import row_name
 from rayloom.errors import JobError
 from rayloom.methods.optimizers.badam import BAdam
 from rayloom.methods.optimizers.build import Setting, library_class, lora_plus, make_optimizer
-from rayloom.methods.prompts import virtual_tokens
+from rayloom.methods.prompts import stands_before_rows, virtual_tokens
 from rayloom.methods.save import load_trained, save_trained
+from rayloom.models.packed_attention import packs_cheaply
 from rayloom.remote import Remote
 from rayloom.train.batch import Batch, TrainedPositions, make_batch
 from rayloom.train.best import BestRule
@@ -95,6 +96,8 @@ class StreamTrainer(transformers.Trainer):
         spares = self.args.gradient_checkpointing  # memory; threads take some hundred MB more
         if isinstance(loss, FrozenHeadLoss) and not spares and divides_rows(kw["model"], self.args.device, noise=noise):
             self.row_threads = RowThreads(kw["model"], loss, self._trained_positions)
+        may_join = not noise and packs_cheaply(kw["model"], self.args.device) and not stands_before_rows(kw["model"])
+        self._side_by_side = (self.row_threads.cores if self.row_threads else 1) if may_join else None
         self._saved_step = -1
         self._clock = StepClock()
         self._row_clock = RowClock(self._clock)
@@ -103,11 +106,7 @@ class StreamTrainer(transformers.Trainer):
         self._grad_norm: tuple[int, float | None] = (0, None)  # the step that was logged last, and its gradient's norm
         self._evaluated: tuple[int, dict[str, float]] | None = None  # the last evaluation's step and metrics
         self._writer = CheckpointWriter(checkpoints, self._tell_failed)
-        self._best = (
-            BestRule(settings.best_metric, settings.early_stopping, settings.eval_steps)
-            if settings.best_metric and settings.eval_steps
-            else None
-        )
+        self._best = BestRule.of(settings)
         if not self.is_deepspeed_enabled:
             self.add_callback(GradientGuard(self._take_bad_gradients))
         self.stopped = False  # because it was told to
@@ -152,7 +151,7 @@ class StreamTrainer(transformers.Trainer):
 
     def _batch(self, table: pa.Table) -> Batch:
         """What the model is called with, and `positions`, for some rows of the stream."""
-        return make_batch(table, self._pad_token)
+        return make_batch(table, self._pad_token, self._side_by_side)
 
     def _items(self, step: StepCount) -> int:
         """What the losses of a step are averaged over, of all ranks."""
