@@ -29,6 +29,7 @@ from rayloom.methods.attach import attach_method
 from rayloom.methods.config import LoraConfig
 from rayloom.models.load import load_causal_lm
 from rayloom.models.packed_attention import packs_cheaply
+from rayloom.models.precision import engine_precision
 from rayloom.models.source import model_folder
 from rayloom.rollout.config import RolloutConfig
 from rayloom.rollout.fleet import FleetClient, start_fleet
@@ -61,7 +62,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--engines", choices=["auto", "bf16", "fp32"], default="auto", help="what they compute in")
     options = parser.parse_args()
+    engines = engine_precision(options.engines, options.precision, "cpu")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.precision]
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     tokenizer = AutoTokenizer.from_pretrained(model_folder(MODEL))
@@ -74,10 +77,10 @@ def main() -> None:
         ray.init(address=head.cluster_address, log_to_driver=False)
         began = time.monotonic()
         fleet = start_fleet(
-            RolloutConfig(), EngineOptions(MODEL, options.precision, 512, adapter_rank=8), probe_prompt(prompts[0])
+            RolloutConfig(), EngineOptions(MODEL, engines, 512, adapter_rank=8), probe_prompt(prompts[0])
         )
         started = time.monotonic() - began
-        policy_sync = PolicySync(fleet, options.precision, is_first_rank=True)
+        policy_sync = PolicySync(fleet, {options.precision, engines}, is_first_rank=True)
         engine, own, learn, syncs = [], [], [], []
         sync(policy_sync, model, 0)
         with_engine(fleet, prompts, 1000)
@@ -96,7 +99,9 @@ def main() -> None:
     rest = statistics.median(learn)
     of_sync, of_comparison = (statistics.median(times) for times in zip(*syncs, strict=True))
     step, slow = seconds[0] + rest + of_sync + of_comparison, seconds[1] + rest
-    print(f"\n{len(prompts)} prompts, answers up to {SAMPLING.max_tokens} tokens, {options.precision}")
+    print(
+        f"\n{len(prompts)} prompts, answers up to {SAMPLING.max_tokens} tokens, {options.precision}, engine {engines}"
+    )
     print(f"  engine, start                         {started:8.1f} s")
     print(f"  answers, engine                       {rollout[0]:8.0f} tokens/s")
     print(f"  answers, model.generate               {rollout[1]:8.0f} tokens/s")

@@ -127,7 +127,7 @@ def test_weights_that_are_not_what_was_said_stop_the_job(tiny_model: Path, fleet
 def test_the_trainer_compares_what_it_and_every_engine_compute(
     tiny_model: Path, fleet: FleetClient, numbers: Any
 ) -> None:
-    sync = PolicySync(fleet, "fp32", is_first_rank=True)
+    sync = PolicySync(fleet, {"fp32"}, is_first_rank=True)
     first, second = next(numbers), next(numbers)
     policies = {version: adapted(tiny_model, version) for version in (first, second)}
     fleet.probes()

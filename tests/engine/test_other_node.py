@@ -93,7 +93,7 @@ def test_adapters_reach_an_engine_that_sees_nothing_of_this_machine(
     try:
         engine = fleet.processes()[0]
         assert psutil.Process(engine) in psutil.Process(node.pid).children(recursive=True)
-        sync = PolicySync(fleet, "fp32", is_first_rank=True)
+        sync = PolicySync(fleet, {"fp32"}, is_first_rank=True)
         for version in (1, 2):
             policy = adapted(tiny_model, version)
             sync.serve(version, policy)

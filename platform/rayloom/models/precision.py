@@ -48,6 +48,23 @@ def choose_precision(requested: str, device: str, *, bf16: bool) -> Precision:
     return requested  # type: ignore[return-value]
 
 
+def engine_precision(requested: str, trained: Precision, device: str) -> Precision:
+    """What engines compute in that answer for a trainer. `auto`: what it computes in; in fp32, with twice the memory
+    for the weights, on a CPU that is faster so, as the trainer's own products are there (`models/wide_products.py`).
+
+    Args:
+        device: "cpu" or "gpu", of the engines; which CPU is told from this machine's.
+    """
+    if requested != "auto":
+        return requested  # type: ignore[return-value]
+    if device == "cpu":
+        from rayloom.models.wide_products import float32_is_faster  # imports torch
+
+        if float32_is_faster():
+            return "fp32"
+    return "bf16" if trained == "pure_bf16" else trained
+
+
 def computing_dtype(precision: Precision) -> Any:
     """The `torch.dtype` that matrix products are computed in."""
     import torch

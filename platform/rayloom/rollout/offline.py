@@ -20,7 +20,7 @@ from rayloom.data.walk import count_chunk
 from rayloom.errors import RequestError
 from rayloom.methods.adapter_folder import CONFIG, WEIGHTS, read_adapter_config
 from rayloom.models.config import ModelConfig
-from rayloom.models.precision import choose_precision, computes_bf16
+from rayloom.models.precision import choose_precision, computes_bf16, engine_precision
 from rayloom.models.source import check_model_path, raw_config
 from rayloom.models.text_tokenizer import TokenizerState
 from rayloom.models.tokenizer import TokenizerSource, load_tokenizer
@@ -288,9 +288,10 @@ def engine_options(prediction: Prediction, gpus: float) -> EngineOptions:
             )
         rank = max([adapter.r, *adapter.rank_pattern.values()])
     device: Literal["cpu", "gpu"] = "gpu" if prediction.device != "cpu" and gpus else "cpu"
+    own = choose_precision(config.precision, device, bf16=device == "gpu" or computes_bf16("cpu"))
     return EngineOptions(
         model=model.path,
-        precision=choose_precision(config.precision, device, bf16=device == "gpu" or computes_bf16("cpu")),
+        precision=engine_precision(config.precision, own, device),
         max_length=min(length, limit) if limit else length,
         adapter_rank=rank,
         device=device,

@@ -10,7 +10,7 @@ import pyarrow as pa
 from rayloom.config.job import JobConfig
 from rayloom.errors import RequestError
 from rayloom.methods.config import LoraConfig
-from rayloom.models.precision import Precision
+from rayloom.models.precision import Precision, engine_precision
 from rayloom.rollout.fleet import FleetClient, start_fleet
 from rayloom.rollout.request import probe_prompt
 from rayloom.rollout.vllm_engine import EngineOptions
@@ -43,10 +43,9 @@ def engines_of(job: JobConfig, device: str, precision: Precision, first: pa.Tabl
         raise RequestError(
             f"rollout.tensor_parallel: {job.rollout.tensor_parallel} is for GPUs, and the cluster has none; say 1"
         )
-    own = "bf16" if precision == "pure_bf16" else precision
     options = EngineOptions(
         model=job.model.path,
-        precision=own if job.rollout.precision == "auto" else job.rollout.precision,
+        precision=engine_precision(job.rollout.precision, precision, device),
         max_length=job.data.cutoff + job.rollout.max_tokens,
         adapter_rank=_rank(job),
         device="gpu" if device == "gpu" else "cpu",

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import torch
 
 from rayloom.errors import JobError
-from rayloom.models.precision import Precision
 from rayloom.rollout.fleet import FleetClient
 from rayloom.rollout.weights import POLICY, policy_parameters, policy_tensors, weights_to_send
 from rayloom.train.collective import from_first_rank
 
-_TOLERANCE: dict[str, float] = {"fp32": 5e-3}
-_ROUGH = 0.3
+_FINE, _ROUGH = 5e-3, 0.3
 """How far an engine's log-probability of a token may be from the trainer's, on average over the probe's tokens: two
-implementations compute it, in bf16 and fp16 with three digits. That each weight arrived is told by the digest."""
+implementations compute it; in bf16 and fp16, of either, with three digits. That each weight arrived is told by the
+digest."""
 
 NextLogProbs = Callable[[Sequence[int]], torch.Tensor]
 """The policy's log-probabilities of what comes behind a text, (vocab,) float32 on CPU."""
@@ -27,12 +26,13 @@ NextLogProbs = Callable[[Sequence[int]], torch.Tensor]
 class PolicySync:
     """Knows which version the engines serve."""
 
-    def __init__(self, client: FleetClient, precision: Precision, *, is_first_rank: bool) -> None:
+    def __init__(self, client: FleetClient, precisions: Set[str], *, is_first_rank: bool) -> None:
+        """`precisions`: what the trainer and the engines compute in."""
         self._client, self._is_first_rank = client, is_first_rank
         self._model: Any = None  # whose policy was served last, its parameters, and its adapter's configuration
         self._parameters: dict[str, torch.nn.Parameter] = {}
         self._adapter: dict[str, Any] | None = None
-        self._tolerance = _TOLERANCE.get(precision, _ROUGH)
+        self._tolerance = _FINE if precisions == {"fp32"} else _ROUGH
         self._served: int | None = None
         self._own: dict[int, torch.Tensor] = {}
         """Of the last versions served, the last one first: what the policy says comes behind the probe."""

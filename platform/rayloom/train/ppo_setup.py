@@ -54,6 +54,7 @@ def trainer_parts(
     stage, rollout = job.stage, job.rollout
     assert isinstance(stage, PpoConfig)
     assert job.rewards is not None  # `check_ppo` has seen to that
+    engines = precision if rollout.precision == "auto" else rollout.precision  # `auto` may be finer, not coarser
     sampling = Sampling(
         max_tokens=rollout.max_tokens,
         temperature=rollout.temperature,
@@ -64,7 +65,7 @@ def trainer_parts(
     )
     return {
         "fleet": RankFleet(client, rank, ranks, stage.answers, sampling, job.train.seed),
-        "sync": PolicySync(client, precision, is_first_rank=rank == 0),
+        "sync": PolicySync(client, {precision, engines}, is_first_rank=rank == 0),
         "rewards": RewardSum(job.rewards),
         "reward_models": partial(_reward_models, job, model, dtype),
         "per_rank": stage.prompts // ranks,
