@@ -99,9 +99,8 @@ def main() -> None:
     rest = statistics.median(learn)
     of_sync, of_comparison = (statistics.median(times) for times in zip(*syncs, strict=True))
     step, slow = seconds[0] + rest + of_sync + of_comparison, seconds[1] + rest
-    print(
-        f"\n{len(prompts)} prompts, answers up to {SAMPLING.max_tokens} tokens, {options.precision}, engine {engines}"
-    )
+    print(f"\n{len(prompts)} prompts, answers up to {SAMPLING.max_tokens} tokens")
+    print(f"  trainer in {options.precision}, engine in {engines}")
     print(f"  engine, start                         {started:8.1f} s")
     print(f"  answers, engine                       {rollout[0]:8.0f} tokens/s")
     print(f"  answers, model.generate               {rollout[1]:8.0f} tokens/s")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rayloom.errors import RequestError
-from rayloom.models.precision import choose_precision, computes_bf16
+from rayloom.models.precision import choose_precision, computes_bf16, engine_precision
 
 
 @pytest.mark.parametrize(
@@ -82,3 +82,19 @@ def test_a_gpu_must_compute_bf16_itself(monkeypatch, available, supported, answe
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: supported or including_emulation
     )
     assert computes_bf16("gpu") is answer
+
+
+@pytest.mark.parametrize(
+    ("requested", "trained", "device", "is_faster", "expected"),
+    [
+        ("auto", "bf16", "cpu", False, "bf16"),
+        ("auto", "bf16", "cpu", True, "fp32"),
+        ("auto", "pure_bf16", "gpu", True, "bf16"),
+        ("auto", "fp16", "gpu", True, "fp16"),
+        ("auto", "fp32", "cpu", False, "fp32"),
+        ("bf16", "fp32", "cpu", True, "bf16"),
+    ],
+)
+def test_engines_compute_in_what_the_trainer_does(monkeypatch, requested, trained, device, is_faster, expected):
+    monkeypatch.setattr("rayloom.models.wide_products.float32_is_faster", lambda: is_faster)
+    assert engine_precision(requested, trained, device) == expected
