@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 _LEAST_ROWS = 64
 """Of the input: with fewer, converting the weight takes longer than the faster product saves."""
 _ROWS, _TILE = 1024, 2**21
-"""Rows of the input, and numbers of the weight, that are converted at a time."""
+"""About as many rows of the input, and numbers of the weight, are converted at a time."""
 
 
 def is_wide(x: torch.Tensor) -> bool:
@@ -52,7 +53,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         (rows, out), in x's type.
     """
     y = x.new_empty(len(x), len(weight))
-    for some, to in zip(x.split(_ROWS), y.split(_ROWS), strict=True):
+    for some, to in _parts(x, y):
         inputs = _SPACE.wide("inputs", some)
         for tile in _tiles(weight):
             outputs = _SPACE.floats("outputs", len(some), tile.stop - tile.start)
@@ -72,12 +73,18 @@ def into_input(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         (rows, in), in dy's type.
     """
     dx = dy.new_empty(len(dy), weight.shape[1])
-    for some, to in zip(dy.split(_ROWS), dx.split(_ROWS), strict=True):
+    for some, to in _parts(dy, dx):
         outputs = _SPACE.floats("outputs", *to.shape).zero_()
         for tile in _tiles(weight):
             outputs.addmm_(_SPACE.wide("inputs", some[:, tile]), _SPACE.wide("tile", weight[tile]))
         to.copy_(outputs)
     return dx
+
+
+def _parts(x: torch.Tensor, y: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The same rows of both, in equal parts: a small rest would have the whole weight converted for itself."""
+    count = max(1, round(len(x) / _ROWS))
+    return zip(x.tensor_split(count), y.tensor_split(count), strict=True)
 
 
 def _tiles(weight: torch.Tensor) -> list[slice]:
