@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,22 @@ def test_the_trainer_compares_what_it_and_every_engine_compute(
     said = rf"engine [01] does not compute what the trainer computes: with the weights of version {second} the log-prob"
     with pytest.raises(JobError, match=said):
         sync.compare(lambda ids: next_log_probs(policies[first], ids).float())
+
+
+@pytest.mark.parametrize(("precisions", "may"), [({"fp32"}, False), ({"bf16"}, True), ({"fp32", "bf16"}, True)])
+def test_the_coarser_precision_says_how_far_they_may_be_apart(
+    precisions: set[str], may: bool, tiny_model: Path, fleet: FleetClient, numbers: Any
+) -> None:
+    """0.04 is what bf16 makes of a model of a billion parameters, and a hundred times what fp32 does."""
+    sync = PolicySync(fleet, precisions, is_first_rank=True)
+    fleet.probes()
+    version = next(numbers)
+    policy = adapted(tiny_model, version)
+    sync.serve(version, policy)
+    fleet.generate(next(numbers), 0, 1, prompts(4), SHORT)
+    with nullcontext() if may else pytest.raises(JobError, match=r"differ by 0\.04 on average, and may by 0\.005"):
+        sync.compare(lambda ids: next_log_probs(policy, ids).float() + 0.04)
+    assert sync.difference == pytest.approx(0.04, abs=1e-3)
 
 
 def test_an_engine_that_is_killed_comes_back_with_the_weights(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,28 +27,40 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [{"path": str(write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", 60))}]
 
 
+def _answers(path: Path, rows: int, words: str) -> dict[str, Any]:
+    """A data set whose answers have these words only."""
+    generator = random.Random(path.stem)
+    said = [" ".join(generator.choices(words.split(), k=8)) for _ in range(rows)]
+    path.write_text("".join(json.dumps({"instruction": f"{n}?", "output": one}) + "\n" for n, one in enumerate(said)))
+    return {"path": str(path)}
+
+
 @pytest.mark.parametrize(
     "train",
     [{}, pytest.param({"workers": 2, "batch_size": 1, "deepspeed": "zero3"}, marks=pytest.mark.slow)],
     ids=["one", "zero3"],
 )
-def test_the_best_is_kept(train: dict[str, Any], tiny_model: Path, sets: list[dict[str, Any]], tmp_path: Path) -> None:
-    """A rate with which the loss soon gets no better: two evaluations after the best end the job."""
-    part = {"learning_rate": 0.1, "scheduler": "constant", "warmup": 0.0, "max_steps": 40, "save_steps": 3}
-    part |= {"eval_steps": 2, "best_metric": "eval_loss", "early_stopping": 2, "keep_checkpoints": 2, **train}
-    config = job(tiny_model, tmp_path, sets, data={"held_out": 0.2}, train=part)
+def test_the_best_is_kept(train: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
+    """How answers look is learnt first, then that they never have the words of the evaluation: three evaluations after
+    the best, each clearly worse, end the job."""
+    sets = [_answers(tmp_path / "learnt.jsonl", 60, "river stone lamp cloud seven garden window")]
+    data = {"eval": [_answers(tmp_path / "asked.jsonl", 12, "quiet paper winter bridge candle music orange")]}
+    method = {"type": "lora", "extra_modules": ["lm_head"]}
+    part = {"learning_rate": 5e-3, "scheduler": "constant", "warmup": 0.0, "max_steps": 40, "save_steps": 4}
+    part |= {"eval_steps": 2, "best_metric": "eval_loss", "early_stopping": 3, "keep_checkpoints": 2, **train}
+    config = job(tiny_model, tmp_path, sets, data=data, method=method, train=part)
     result, rows = run(config)
     losses = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
     step = min(losses, key=lambda at: losses[at])
-    assert result["best"] == {"metric": "eval_loss", "value": losses[step], "step": step, "of_steps": step + 4}
-    assert (result["status"], result["stopped_early"], max(losses)) == ("finished", True, step + 4)
+    assert result["best"] == {"metric": "eval_loss", "value": losses[step], "step": step, "of_steps": step + 6}
+    assert (result["status"], result["stopped_early"], max(losses)) == ("finished", True, step + 6)
     kept = sorted(path.name for path in (config.run_dir / "checkpoints").glob("step-*"))
     assert f"step-{step:08d}" in kept
     saved = load_file(config.run_dir / "model" / "adapter_model.safetensors")
     if "deepspeed" not in train:
         of_best = load_file(config.run_dir / "checkpoints" / f"step-{step:08d}" / "adapter_model.safetensors")
         assert all(torch.equal(saved[name], of_best[name]) for name in of_best)
-    again = job(tiny_model, tmp_path, sets, name="short", data={"held_out": 0.2}, train={
+    again = job(tiny_model, tmp_path, sets, name="short", data=data, method=method, train={
         **part, "max_steps": step, "best_metric": None, "early_stopping": None
     })  # fmt: skip
     run(again)  # trains as far as the best evaluation and no further

@@ -59,7 +59,8 @@ load_value_head(other, folder)
 with GatheredParameters(list(other.parameters())):
     assert other.summary.weight.flatten().tolist() == list(range(8))
     assert other.summary.bias.item() == 3
-print("done")
+torch.distributed.barrier()
+os._exit(0)  # gloo's threads have been seen to abort an interpreter that takes itself down around them
 """
 
 

@@ -61,8 +61,8 @@ def losses(rows: list[dict[str, Any]]) -> list[float]:
     return [row["loss"] for row in rows]
 
 
-def examples_of(config: JobConfig, steps: int) -> list[list[tuple[list[int], list[int]]]]:
-    """Ids and labels of the examples that each step of two rows takes, found from the stream."""
+def examples_of(config: JobConfig, steps: int, rows_per_step: int = 2) -> list[list[tuple[list[int], list[int]]]]:
+    """Ids and labels of the examples that each step takes, found from the stream."""
     plan, encoder = prepare_data(config)
     options = segment_options(config)
     segments = list(itertools.islice(Walk(plan).segments(Position()), 12))  # more than the steps take
@@ -72,7 +72,7 @@ def examples_of(config: JobConfig, steps: int) -> list[list[tuple[list[int], lis
     stream = [row for table in tables for row in table.to_pylist()]
     taken: list[list[Example]] = []
     for step in range(steps):
-        rows = stream[step * 2 : step * 2 + 2]
+        rows = stream[step * rows_per_step : (step + 1) * rows_per_step]
         taken.append([by_row[address] for row in rows for address in zip(row["sets"], row["rows"], strict=True)])
     return [[(one.input_ids, one.labels) for one in encoder.encode(examples, 128)] for examples in taken]
 
@@ -88,6 +88,20 @@ def test_losses_equal_a_loop_without_packing(plain: Any, tiny_model: Path) -> No
     expected = plain_losses(fresh_model(config, tiny_model), examples_of(config, STEPS), config)
     assert losses(rows) == pytest.approx(expected, abs=1e-5)
     assert result["engine"] == {"class": "DistributedDataParallel", "zero_stage": 0, "row_threads": 1}
+
+
+def test_rows_of_one_example_share_rows_in_a_batch(
+    tiny_model: Path, data: list[dict[str, Any]], mixed: dict[str, Any], tmp_path: Path
+) -> None:
+    """Three become two of nearly one length, one for each core, where three would be computed one after the other."""
+    little = {"type": "lora", "rank": 1, "target": ["q_proj"]}
+    part, train = {**mixed, "packing": False}, {"max_steps": STEPS, "batch_size": 3}
+    config = job(tiny_model, tmp_path, data, data=part, method=little, train=train)
+    result, rows = run(config)
+    assert result["engine"]["row_threads"] == 2
+    examples = examples_of(config, STEPS, rows_per_step=3)
+    assert [len(step) for step in examples] == [3] * STEPS
+    assert losses(rows) == pytest.approx(plain_losses(fresh_model(config, tiny_model), examples, config), abs=1e-5)
 
 
 def _dft(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

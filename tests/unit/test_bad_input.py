@@ -256,6 +256,19 @@ def test_overrides(refused, override, message):
     assert refused("train", "HERE/job.yaml", override) == [message.replace("OVERRIDE", f"override {override!r}")]
 
 
+def test_parts_that_do_not_fit_one_another(refused, here):
+    """The message is of the part it names: where it was written, or the override that set it."""
+    written = JOB.replace("  mix:", "  group_by_length: true\n  mix:")
+    (here / "grouped.yaml").write_text(written.replace("HERE", str(here)))
+    told = (
+        "data.group_by_length: packed rows are full, whatever the examples' lengths; leave it out, or set "
+        "data.packing: false"
+    )
+    assert refused("train", "HERE/grouped.yaml") == [f"HERE/grouped.yaml:5: {told}"]
+    override = "data.group_by_length=true"
+    assert refused("train", "HERE/job.yaml", override) == [f"override {override!r}: {told}"]
+
+
 def test_a_template_that_refuses_the_data(refused):
     overrides = ["data.template=HERE/no_system.jinja", "data.train=[HERE/system.jsonl]"]
     assert refused("train", "HERE/job.yaml", *overrides) == [

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tests.job_text import JOB
 
-from rayloom.config.document import read_document
+from rayloom.config.document import dump_document, read_document
 from rayloom.config.job import JobConfig
 from rayloom.config.read import read_job
 from rayloom.errors import RequestError
@@ -301,3 +301,28 @@ def test_true_is_no_number(job_file, text):
     key = text.partition(":")[0]
     assert message.startswith(f"job.yaml:8: train.{key}: must be a ")
     assert message.endswith((", not True", ", not False"))
+
+
+# --- what follows from what ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stage", "packs", "groups"),
+    [
+        ({"type": "pretrain"}, True, False),
+        ({"type": "sft"}, True, False),
+        ({"type": "reward"}, False, True),
+        ({"type": "dpo"}, False, True),
+        ({"type": "kto"}, False, True),
+        ({"type": "ppo"}, False, False),
+    ],
+)
+def test_rows_come_by_length_where_they_are_alone_and_each_counts_alike(job_file, stage, packs, groups):
+    """By length, batches of texts would weigh a token by its text's length; pairs and judgements are averaged."""
+    text = dump_document({"stage": stage})
+    job_file.write_text(job_file.read_text(encoding="utf-8") + text, encoding="utf-8")
+    job = read_job(job_file)
+    assert (job.packs, job.groups_by_length) == (packs, groups)
+    for wish in (True, False):
+        said = read_job(job_file, ["data.packing=false", f"data.group_by_length={str(wish).lower()}"])
+        assert (said.packs, said.groups_by_length) == (False, wish)

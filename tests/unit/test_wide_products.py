@@ -56,6 +56,20 @@ def test_large_products_too():
     torch.testing.assert_close(into_input(dy, weight).double(), dy.double() @ weight.double(), rtol=2**-8, atol=1e-3)
 
 
+@pytest.mark.parametrize(("rows", "parts"), [(0, [0]), (1024, [1024]), (1056, [1056]), (1600, [800, 800])])
+def test_a_small_rest_is_no_part_of_its_own(rows, parts, monkeypatch):
+    """Else its few rows would have the whole weight converted once more."""
+    converted = []
+    wide = wide_products._SPACE.wide
+    monkeypatch.setattr(
+        wide_products._SPACE, "wide", lambda name, x: (converted.append((name, len(x))), wide(name, x))[1]
+    )
+    x, weight = _bf16(rows, 3), _bf16(5, 3)
+    assert linear(x, weight).shape == (rows, 5)
+    assert [length for name, length in converted if name == "inputs"] == parts
+    assert [length for name, length in converted if name == "tile"] == [5] * len(parts)
+
+
 def _layer(bias):
     torch.manual_seed(0)
     layer = torch.nn.Linear(24, 40, bias=bias, dtype=torch.bfloat16).requires_grad_(False)

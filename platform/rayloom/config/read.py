@@ -59,6 +59,7 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
 
 # --- overrides ------------------------------------------------------------------------------------------------------
 
+_KEY_OF_MESSAGE = re.compile(r"[a-z_]+(\.[a-z_]+)+(?=: )")
 _KEY = re.compile(r"[^.\[\]]+(\.[^.\[\]]+|\[[0-9]+\])*")
 _STEP = re.compile(r"([^.\[\]]+)|\[([0-9]+)\]")
 
@@ -221,6 +222,8 @@ def _message(document: Document, location: Location, fault: Any) -> str:
             text += f" (one of {', '.join(known)})"
     elif kind == "value_error":
         text = f"{key}: {context['error']}" if key else str(context["error"])
+        if not key and (named := _KEY_OF_MESSAGE.match(text)):  # about parts that do not fit one another
+            location = tuple(key_steps(named[0]))
     elif kind == "string_pattern_mismatch":
         text = f"{key}: {value!r} must start with a letter or digit and hold only letters, digits, '.', '-' and '_'"
     elif kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
