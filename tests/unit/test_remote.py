@@ -200,7 +200,7 @@ def test_it_goes_on_from_the_newest_that_is_whole(output, tmp_path):
     assert [row["step"] for row in run.metrics()] == list(range(1, 9))
     assert read_job(run.path / "job.yaml") == job
     assert (place / "checkpoints").names() == {"step-00000004", "step-00000008", SNAPSHOT}  # the broken one is gone
-    with pytest.raises(RequestError, match=f"resume: method differs from the run's own \\({place}/job.yaml\\)"):
+    with pytest.raises(RequestError, match=f"resume: method.rank differs from the run's own \\({place}/job.yaml\\)"):
         check_run_dir(make_job(tmp_path, output_dir=output, resume=True, method={"rank": 3}))
 
 

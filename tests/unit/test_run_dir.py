@@ -252,12 +252,13 @@ def test_nothing_to_resume(tmp_path):
 @pytest.mark.parametrize(
     ("change", "faults"),
     [
-        ({"model": {"path": "other"}}, ["model differs"]),
-        ({"method": {"rank": 3}}, ["method differs"]),
+        ({"model": {"path": "other"}}, ["model.path differs"]),
+        ({"method": {"rank": 3}}, ["method.rank differs"]),
         (
-            {"data": {"train": ["x.jsonl"], "cutoff": 99}, "method": {"type": "full"}},
-            ["method differs", "data differs"],
+            {"data": {"train": ["x.jsonl"], "cutoff": 99, "packing": False}, "method": {"type": "full"}},
+            ["method differs", "data.cutoff, data.packing differ"],
         ),
+        ({"data": {"train": ["x.jsonl", "y.jsonl"]}}, ["data.train differs"]),
         ({"train": {"seed": 1}}, ["train.seed is 1, but the run was made with 42; it must stay as it was"]),
         ({"train": {"precision": "fp32"}}, ["train.precision is fp32, but the run was made with auto"]),
         ({"train": {"deepspeed": "zero2"}}, ["train.deepspeed is zero2, but the run was made with none"]),

@@ -339,11 +339,10 @@ def _check_resume(job: JobConfig, run: RunDir) -> None:
 
     before = read_job(run.path / "job.yaml")
     faults = []
-    for key in ("model", "method", "data", "stage"):
-        if getattr(before, key) != getattr(job, key):
-            faults.append(
-                f"resume: {key} differs from the run's own ({run.place / 'job.yaml'}); it must stay as it was"
-            )
+    for part in ("model", "method", "data", "stage"):
+        if changed := _changed_keys(getattr(before, part).model_dump(), getattr(job, part).model_dump(), part):
+            differ = f"{', '.join(changed)} {'differs' if len(changed) == 1 else 'differ'}"
+            faults.append(f"resume: {differ} from the run's own ({run.place / 'job.yaml'}); a run goes on as it began")
     keys = {key: key for key in ("seed", "precision", "deepspeed")}
     if before.train.global_batch_size is None or job.train.global_batch_size is None:
         keys |= {"batch_size": "batch_size", "gradient_accumulation": "accumulation"}
@@ -364,3 +363,12 @@ def _check_resume(job: JobConfig, run: RunDir) -> None:
             f"resume: the run in {run.place} is finished (step {step}), nothing is left to do; "
             "raise train.epochs or train.max_steps to go on"
         )
+
+
+def _changed_keys(before: Any, now: Any, key: str) -> list[str]:
+    """The keys at and below `key` whose values differ; of a list or a part of another type, itself."""
+    if before == now:
+        return []
+    if not (isinstance(before, dict) and isinstance(now, dict) and before.keys() == now.keys()):
+        return [key]
+    return [found for name in now for found in _changed_keys(before[name], now[name], f"{key}.{name}")]
