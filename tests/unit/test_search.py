@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from rayloom.config.document import Document
 from rayloom.config.read import read_job, validate_job
@@ -14,7 +15,7 @@ from rayloom.errors import JobError, RequestError
 from rayloom.search.metric import Metric
 from rayloom.search.plan import plan_search
 from rayloom.search.results import best_trial, trials_left
-from rayloom.search.show import draw
+from rayloom.search.show import draw, show
 from rayloom.search.space import corner_points, parse_space, points
 
 SPACE = {
@@ -173,6 +174,20 @@ def test_the_best_has_finished(tmp_path: Path) -> None:
     assert trials_left(ledger, 6) == 2
     draw(ledger, tmp_path / "search.png")
     assert (tmp_path / "search.png").stat().st_size > 10_000
+
+
+def test_the_table_of_a_log_names_every_trial_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is no terminal has 80 columns."""
+    values = {"train.learning_rate": 1e-3, "train.weight_decay": 0.5}
+    trials = [trial(f"learning-rate-000{number}", "stopped early", 0.5 + number, **values) for number in range(3)]
+    ledger = {"name": "s", "metric": "eval_loss", "mode": "min", "best": None, "trials": trials}
+    show(ledger, Console(width=80))
+    printed = capsys.readouterr().out
+    rows = [line.split() for line in printed.splitlines() if "stopped early" in line]
+    assert [row[0] for row in rows] == ["learning-rate-0000", "learning-rate-0001", "learning-rate-0002"]
+    assert all(row[5:7] == ["0.001", "0.5"] for row in rows)
+    assert "learning_rate" in printed
+    assert "…" not in printed
 
 
 def test_train_leaves_the_search_aside() -> None:

@@ -93,11 +93,12 @@ def jobs() -> None:
 def list_(address: str | None) -> None:
     """List the cluster's jobs, the newest last."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from rayloom.jobs.client import connect, list_jobs
 
-    table = Table("job", "status", "stage", "started", "run directory", box=None, pad_edge=False)
+    whole = [Column(name, no_wrap=True) for name in ("job", "status", "stage", "started")]
+    table = Table(*whole, Column("run directory", overflow="fold"), box=None, pad_edge=False)
     for job in list_jobs(connect(address)):
         started = job.started.strftime("%Y-%m-%d %H:%M:%S") if job.started else "-"
         table.add_row(job.id, job.status, job.stage or "-", started, job.run_dir or "-")

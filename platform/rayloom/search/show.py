@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from rayloom.search.population import told
 from rayloom.search.results import FAILED, FINISHED, STOPPED, Ledger, best_trial
@@ -21,7 +21,8 @@ _TAKEN = "#777777"
 def show(ledger: Ledger, console: Console) -> None:
     """A row for each trial, the best first; then what was taken over, and why some failed."""
     keys = list(dict.fromkeys(key for trial in ledger["trials"] for key in trial["values"]))
-    table = Table("trial", "status", "steps", ledger["metric"], *keys, box=None, pad_edge=False)
+    whole = [Column(name, no_wrap=True) for name in ("trial", "status", "steps", ledger["metric"])]
+    table = Table(*whole, *(Column(key.replace(".", ".\n"), overflow="fold") for key in keys), box=None, pad_edge=False)
     for trial in _ranked(ledger):
         value = "-" if trial["value"] is None else f"{trial['value']:.4f}"
         row = [trial["name"], trial["status"], str(trial["step"]), value]
@@ -135,6 +136,7 @@ def _population(axes: Any, trials: Sequence[dict[str, Any]], ledger: Ledger) -> 
                       zorder=3 if is_best else 2)  # fmt: skip
     axes.plot([], [], color=_TAKEN, linestyle=":", label="takes over the checkpoint")
     axes.set(xlabel="step", ylabel=ledger["metric"])
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
