@@ -16,7 +16,10 @@ from safetensors.torch import load_file
 from tests.ray.small_jobs import job, metrics, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rayloom.config.document import Document
 from rayloom.config.job import JobConfig
+from rayloom.config.read import read_job
+from rayloom.search.run import run_search
 
 pytestmark = pytest.mark.usefixtures("connected")
 
@@ -191,3 +194,23 @@ def test_other_advantages_learn_too(
     _, rows = run(config)
     assert max(row["mismatch"] for row in rows) < 1e-3
     assert rows[-1]["reward"] > rows[0]["reward"] + 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_search_for_the_learning_rate(model: Path, folder: Path, tmp_path: Path) -> None:
+    """Each trial has engines of its own; the reward of held-out prompts chooses, and the best trial is a whole run."""
+    train = {"max_steps": 8 * STEPS_A_ROUND, "eval_steps": 4 * STEPS_A_ROUND}
+    config = ppo_job(model, folder, tmp_path, "search", data={"held_out": 0.1}, train=train)
+    space = {"train.learning_rate": "grid(5e-3, 1e-7)", "stage.kl.coefficient": "grid(0.05)"}
+    search = {"metric": "eval_reward", "mode": "max", "searcher": "grid", "space": space}
+    ledger = run_search(Document("job.yaml", {**config.model_dump(mode="json"), "search": search}))
+    assert [trial["status"] for trial in ledger["trials"]] == ["finished"] * 2
+    learns, stays = sorted(ledger["trials"], key=lambda trial: -trial["values"]["train.learning_rate"])
+    assert learns["value"] > stays["value"] + 0.05
+    assert ledger["best"] == learns["name"]
+    best = Path(learns["run_dir"])
+    evaluations = [json.loads(row) for row in (best / "metrics.jsonl").read_text().splitlines() if "eval_rew" in row]
+    assert evaluations[-1]["eval_reward"] == learns["value"]
+    assert json.loads((best / "result.json").read_text())["engines"]["restarts"] == 0
+    assert read_job(tmp_path / "search" / "best.yaml").train.learning_rate == 5e-3

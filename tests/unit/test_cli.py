@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import click
 import pytest
 
 import rayloom.config.read
 import rayloom.train.driver
 from rayloom import __version__
-from rayloom.cli import main
+from rayloom.cli import cli, main
 from rayloom.errors import JobError, RequestError
 
 DONE = {"status": "finished", "steps": 3, "seconds": 1.5, "model_dir": "out/run/model"}
@@ -82,3 +86,17 @@ def test_a_fault_of_the_program_is_not_hidden(run):
 def test_the_version(run):
     status, output, _ = run(None, "--version")
     assert (status, output) == (0, f"rayloom, version {__version__}\n")
+
+
+def _help_texts(command: click.Command) -> Iterator[str]:
+    yield command.get_help(click.Context(command))
+    for below in getattr(command, "commands", {}).values():
+        yield from _help_texts(below)
+
+
+def test_the_files_that_help_and_readme_name_are_there():
+    root = Path(__file__).resolve().parents[2]
+    named = {path for text in _help_texts(cli) for path in re.findall(r"\b(?:jobs|k8s)/[\w./-]+\.(?:yaml|py)", text)}
+    assert "jobs/demo.yaml" in named
+    named |= set(re.findall(r"\b(?:jobs|k8s)/[\w./-]+\.(?:yaml|py)", (root / "README.md").read_text(encoding="utf-8")))
+    assert [path for path in sorted(named) if not (root / path).is_file()] == []

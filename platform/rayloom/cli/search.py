@@ -17,7 +17,7 @@ def tune(job_file: str, overrides: tuple[str, ...], resume: bool, verbose: bool)
 
     \b
     rayloom tune jobs/search/learning-rate.yaml search.samples=8
-    rayloom tune jobs/pipelines/search.yaml
+    rayloom tune jobs/pipelines/sft-dpo-search.yaml
     """
     from rich.console import Console
 
