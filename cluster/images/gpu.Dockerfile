@@ -17,7 +17,7 @@ WORKDIR /opt/rayloom
 COPY pyproject.toml constraints.txt ./
 RUN mkdir -p platform/rayloom && touch platform/rayloom/__init__.py README.md LICENSE \
  && pip install --no-cache-dir \
-      -c constraints.txt --build-constraint constraints.txt -e '.[gpu]'
+      -c constraints.txt --build-constraint constraints.txt -e '.[gpu,serve]'
 COPY LICENSE README.md ./
 COPY platform platform
 COPY jobs jobs

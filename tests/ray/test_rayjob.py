@@ -20,7 +20,8 @@ from rayloom.k8s.check import check_documents
 from rayloom.k8s.documents import load_documents
 from rayloom.k8s.leave import leave
 from rayloom.k8s.overlay import OVERLAYS
-from rayloom.k8s.render import Places, dump, render
+from rayloom.k8s.ray_pods import Places, dump
+from rayloom.k8s.render import render
 
 __all__ = ["machine"]
 

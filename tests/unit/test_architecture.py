@@ -26,7 +26,8 @@ LEVELS = (
     ("rollout",),
     ("train",),
     ("pipeline",),
-    ("jobs", "search", "board", "serve", "evaluate", "export"),
+    ("export",),
+    ("jobs", "search", "board", "serve", "evaluate"),
     ("k8s",),
     ("doctor",),  # asks every other room whether it could work
     ("cli",),

@@ -19,10 +19,11 @@ from rayloom.k8s.check import check
 from rayloom.k8s.overlay import OVERLAYS
 from rayloom.k8s.render import render
 from rayloom.k8s.schema import schema_faults
+from rayloom.k8s.service import render_service
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = [path for path in sorted((ROOT / "jobs").rglob("*.yaml")) if path.parent.name != "pipelines"]
-PLURALS = {"RayCluster": "rayclusters", "RayJob": "rayjobs"}
+PLURALS = {"RayCluster": "rayclusters", "RayJob": "rayjobs", "RayService": "rayservices"}
 
 pytestmark = pytest.mark.skipif(
     not os.environ.get("RAYLOOM_API_SERVER"), reason="needs an API server: bash tests/api_server.sh CRDS"
@@ -82,7 +83,10 @@ def test_every_recipe_is_taken(overlay: str, server: ApiServer, monkeypatch: pyt
     monkeypatch.chdir(ROOT)
     overrides = ["train.device=auto"] if overlay == "gpu" else []
     for recipe in RECIPES:
-        for body in ray_kinds([document.body for document in render(read_job(recipe, overrides), OVERLAYS[overlay])]):
+        job = read_job(recipe, overrides)
+        documents = render(job, OVERLAYS[overlay])
+        documents += [] if job.stage.type == "reward" else render_service(job, OVERLAYS[overlay])
+        for body in ray_kinds([document.body for document in documents]):
             answer = create(server, body)
             assert answer.status == 201, f"{recipe}: {answer.message}"
 

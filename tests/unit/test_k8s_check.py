@@ -17,7 +17,9 @@ from rayloom.errors import RequestError
 from rayloom.k8s.check import check, check_documents
 from rayloom.k8s.documents import Document
 from rayloom.k8s.overlay import OVERLAYS
-from rayloom.k8s.render import dump, render
+from rayloom.k8s.ray_pods import dump
+from rayloom.k8s.render import render
+from rayloom.k8s.service import render_service
 
 ROOT = Path(__file__).resolve().parents[2]
 GONE = object()
@@ -226,3 +228,31 @@ def test_a_folder_of_kustomizations_is_not_read_as_manifests():
 def test_yaml_is_what_was_rendered(good):
     documents = [Document("m.yaml", place, body) for place, body in enumerate(good, 1)]
     assert list(yaml.safe_load_all(dump(documents))) == good
+
+
+CONFIG = "spec.rayClusterConfig"
+OF_THE_SERVICE = [
+    ("spec.serveConfig", "x", "spec.serveConfig", "did you mean serveConfigV2?"),
+    ("spec.serveConfigV2", GONE, "spec.serveConfigV2", "names no applications: the cluster would serve nothing"),
+    ("spec.serveConfigV2", "applications: []", "spec.serveConfigV2", "names no applications"),
+    ("spec.serveConfigV2", "- a\n", "spec.serveConfigV2", "must be YAML with a list `applications`"),
+    ("spec.serveConfigV2", "a: [", "spec.serveConfigV2", "must be YAML with a list `applications`"),
+    ("spec.serveConfigV2", "applications: [{name: a}]", "spec.serveConfigV2", "applications[0].import_path is missing"),
+    ("spec.upgradeStrategy.type", "Rolling", "spec.upgradeStrategy.type", "must be one of NewCluster, "),
+    ("spec.rayClusterConfig", GONE, "spec.rayClusterConfig", "is missing"),
+    (f"{CONFIG}.authOptions.enableK8sTokenAuth", True, f"{CONFIG}.authOptions.enableK8sTokenAuth", "not for a RayServ"),
+    ("metadata.name", "a" * 48, "metadata.name", "has 48 characters; a RayService may have 47"),
+    (f"{CONFIG}.headGroupSpec.template.spec.hostNetwork", True, f"{CONFIG}.headGroupSpec.template.spec.hostNetwork",
+     "pod security `restricted`"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "value", "place", "told"), OF_THE_SERVICE)
+def test_a_service_that_is_broken(path: str, value: Any, place: str, told: str) -> None:
+    bodies = [d.body for d in render_service(read_job(ROOT / "jobs" / "demo.yaml"), OVERLAYS["cpu"])]
+    check_documents([Document("m.yaml", number, body) for number, body in enumerate(bodies, 1)])
+    with pytest.raises(RequestError) as refused:
+        check_documents(edited(bodies, 2, path, value))
+    assert any(f": {place}" in message and told in message for message in refused.value.messages), (
+        refused.value.messages
+    )

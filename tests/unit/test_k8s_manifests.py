@@ -15,7 +15,9 @@ from rayloom.errors import RequestError
 from rayloom.k8s.check import check, check_documents
 from rayloom.k8s.documents import Document, load_documents
 from rayloom.k8s.overlay import OVERLAYS
-from rayloom.k8s.render import Places, dump, render
+from rayloom.k8s.ray_pods import Places, dump
+from rayloom.k8s.render import render
+from rayloom.k8s.service import render_service
 from rayloom.stages.ppo_config import PpoConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,6 +65,45 @@ def test_every_recipe_is_in_order(recipe, overlay, monkeypatch):
     job = yaml.safe_load(documents[0].body["data"]["job.yaml"])
     assert job["output_dir"].startswith(("/shared/", "s3://"))
     assert all(item["path"].startswith("/opt/rayloom/jobs/") for item in job["data"]["train"])
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_can_be_served(recipe, overlay, monkeypatch):
+    """But for those whose model judges answers."""
+    monkeypatch.chdir(ROOT)
+    job = read_job(recipe, ["train.device=auto"] if overlay == "gpu" else [])
+    if job.stage.type == "reward":
+        with pytest.raises(RequestError, match=r"stage\.type: reward: such a job trains a model that judges answers"):
+            render_service(job, OVERLAYS[overlay])
+        return
+    config_map, service = render_service(job, OVERLAYS[overlay])
+    check_documents([config_map, service])
+    (application,) = yaml.safe_load(service.body["spec"]["serveConfigV2"])["applications"]
+    cluster = service.body["spec"]["rayClusterConfig"]
+    (group,) = cluster["workerGroupSpecs"]
+    (volume,) = (one for one in group["template"]["spec"]["volumes"] if one["name"] == "job")
+    (mount,) = (
+        one for one in group["template"]["spec"]["containers"][0]["volumeMounts"] if one["name"] == volume["name"]
+    )
+    assert volume["configMap"]["name"] == config_map.name == service.name
+    assert application["args"]["job"] == f"{mount['mountPath']}/{next(iter(config_map.body['data']))}"
+    assert application["args"]["min_replicas"] == group["replicas"] == job.rollout.engines
+
+
+@needs_kubectl
+def test_the_demo_is_served_as_it_is_rendered():
+    documents = check(ROOT / "k8s" / "serving")
+    (built,) = (document.body for document in documents if document.kind == "RayService")
+    rendered = render_service(read_job(ROOT / "jobs" / "demo.yaml"), OVERLAYS["cpu"])
+    written = (ROOT / "k8s" / "serving" / "demo-service.yaml").read_text()
+    assert written == dump(rendered), "rayloom k8s render jobs/demo.yaml --service -o k8s/serving/demo-service.yaml"
+    assert built["spec"] == rendered[1].body["spec"]
+    (policy,) = (document.body["spec"] for document in documents if document.kind == "NetworkPolicy")
+    template = built["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["template"]
+    assert policy["podSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+    ports = {port["containerPort"] for port in template["spec"]["containers"][0]["ports"]}
+    assert policy["ingress"][0]["ports"][0]["port"] in ports
 
 
 def test_text_and_documents_are_the_same(tmp_path):
@@ -150,7 +191,7 @@ def test_engines_are_pods_of_their_own():
             ["data.train=[../rows.jsonl]", "data.mix=concat"],
             r"data.train\[0\].path: ../rows.jsonl: lies outside",
         ),
-        ("cpu", [f"name={'a' * 48}"], "name: a+ has 48 characters and a RayJob may have 47"),
+        ("cpu", [f"name={'a' * 48}"], "name: a+ has 48 characters and a manifest of Ray may have 47"),
     ],
 )
 def test_what_a_pod_cannot_run_is_refused(overlay, overrides, message):

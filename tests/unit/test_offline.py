@@ -69,7 +69,7 @@ def _asked(model: str, *overrides: str) -> Prediction:
 def test_a_job_that_has_trained_nothing_yet_is_refused(tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
     job.write_text(f"name: a\noutput_dir: {tmp_path}\nmodel: {{path: m}}\ndata: {{train: [x.jsonl], cutoff: 99}}\n")
-    with pytest.raises(RequestError, match="holds no model: run the job first"):
+    with pytest.raises(RequestError, match="holds no model: run the job a first"):
         _asked(str(job))
     (tmp_path / "a" / "model").mkdir(parents=True)
     (tmp_path / "a" / "model" / "adapter_config.json").write_text("{}")

@@ -22,7 +22,8 @@ def k8s() -> None:
     show_default=True,
     help="What kind of cluster it is for.",
 )
-@click.option("--name", help="Of the RayJob. Default: the job's name.")
+@click.option("--service", is_flag=True, help="A RayService that answers with what the job has trained.")
+@click.option("--name", help="Of the RayJob or RayService. Default: the job's name.")
 @click.option("--image", help="Container image with a version. Default: the overlay's.")
 @click.option("--queue", help="Kueue's LocalQueue. Default: the overlay's.")
 @click.option("--storage-path", metavar="DIR", default="/shared", show_default=True, help="Where the claim is mounted.")
@@ -32,6 +33,7 @@ def render(
     job_file: str,
     overrides: tuple[str, ...],
     overlay: str,
+    service: bool,
     name: str | None,
     image: str | None,
     queue: str | None,
@@ -39,12 +41,14 @@ def render(
     claim: str,
     output: str | None,
 ) -> None:
-    """Write a job as a RayJob of KubeRay, and the ConfigMap that holds its job file.
+    """Write a job as a RayJob of KubeRay, and the ConfigMap that holds its job file; or, with --service, the RayService
+    that answers with the job's model afterwards, behind an OpenAI API.
 
     Relative paths of the job are taken from the image's checkout; relative output_dir from the shared storage.
 
     \b
     rayloom k8s render jobs/demo.yaml --overlay gpu -o demo.yaml && kubectl apply -f demo.yaml
+    rayloom k8s render jobs/demo.yaml --overlay gpu --service | kubectl apply -f -
     """
     from dataclasses import replace
     from pathlib import Path
@@ -52,14 +56,16 @@ def render(
     from rayloom.config.read import read_job
     from rayloom.k8s.check import check_documents
     from rayloom.k8s.overlay import OVERLAYS
-    from rayloom.k8s.render import Places, dump
+    from rayloom.k8s.ray_pods import Places, dump
     from rayloom.k8s.render import render as render_job
+    from rayloom.k8s.service import render_service
 
     chosen = OVERLAYS[overlay]
     chosen = replace(chosen, image=image or chosen.image, queue=queue or chosen.queue)
     places = Places(storage=storage_path, claim=claim)
-    documents = render_job(read_job(job_file, overrides), chosen, places, name=name)
-    check_documents([document for document in documents if document.kind == "RayJob"])
+    write = render_service if service else render_job
+    documents = write(read_job(job_file, overrides), chosen, places, name=name)
+    check_documents([document for document in documents if document.kind != "ConfigMap"])
     if output:
         Path(output).write_text(dump(documents), encoding="utf-8")
     else:

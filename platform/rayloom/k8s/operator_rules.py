@@ -1,7 +1,8 @@
 """What the KubeRay operator refuses, and the CRDs' CEL rules: all that a schema cannot say.
 
 The API server takes such a manifest and the job then stands still with `ValidationFailed`; here it is said before.
-Ported from KubeRay v1.7.0 (`ray-operator/controllers/ray/utils/validation.go`), for RayCluster and RayJob.
+Ported from KubeRay v1.7.0 (`ray-operator/controllers/ray/utils/validation.go`), for RayCluster, RayJob and
+RayService.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from rayloom.k8s.walk import Group, cluster_spec, groups
 
 _MODES = ("K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode")
 _MANAGERS = ("ray.io/kuberay-operator", "kueue.x-k8s.io/multikueue")
-_LONGEST_NAME = {"RayCluster": 53, "RayJob": 47}
+_LONGEST_NAME = {"RayCluster": 53, "RayJob": 47, "RayService": 47}
+_UPGRADES = ("NewCluster", "NewClusterWithIncrementalUpgrade", "None")
 _GATED = {
     "networkPolicy": "RayClusterNetworkPolicy; ship a NetworkPolicy object",
     "tlsOptions": "RayClusterMTLS",
@@ -29,7 +31,7 @@ _REDIS = ("RAY_REDIS_ADDRESS", "REDIS_PASSWORD")
 
 
 def operator_faults(document: Document) -> Iterator[Fault]:
-    """What the operator would refuse of a RayCluster or RayJob whose fields fit its schema."""
+    """What the operator would refuse of a RayCluster, RayJob or RayService whose fields fit its schema."""
     if document.kind not in _LONGEST_NAME:
         return
     longest = _LONGEST_NAME[document.kind]
@@ -39,8 +41,10 @@ def operator_faults(document: Document) -> Iterator[Fault]:
         yield "metadata.name", f"{document.name}: lower-case letters, digits and dashes, a letter first"
     if document.kind == "RayJob":
         yield from _job(document.body.get("spec") or {})
+    if document.kind == "RayService":
+        yield from _service(document.body.get("spec") or {})
     if found := cluster_spec(document):
-        yield from _cluster(*found, is_job=document.kind == "RayJob")
+        yield from _cluster(*found, kind=document.kind)
 
 
 def _job(spec: dict[str, Any]) -> Iterator[Fault]:
@@ -78,6 +82,28 @@ def _job(spec: dict[str, Any]) -> Iterator[Fault]:
     yield from _runtime_env(spec.get("runtimeEnvYAML"))
     yield from _managed_by("spec", spec)
     yield from _deletion(spec)
+
+
+def _service(spec: dict[str, Any]) -> Iterator[Fault]:
+    if not spec.get("rayClusterConfig"):
+        yield "spec.rayClusterConfig", "is missing: the cluster that serves"
+    if spec.get("rayClusterDeletionDelaySeconds", 0) < 0:
+        yield "spec.rayClusterDeletionDelaySeconds", "must be 0 or above"
+    strategy = (spec.get("upgradeStrategy") or {}).get("type")
+    if strategy not in (None, *_UPGRADES):
+        yield "spec.upgradeStrategy.type", f"{strategy}: must be one of {', '.join(_UPGRADES)}"
+    yield from _managed_by("spec", spec)
+    try:
+        applications = (yaml.safe_load(spec.get("serveConfigV2") or "") or {}).get("applications")
+    except (yaml.YAMLError, AttributeError):
+        yield "spec.serveConfigV2", "must be YAML with a list `applications`"
+        return
+    if not isinstance(applications, list) or not applications:
+        yield "spec.serveConfigV2", "names no applications: the cluster would serve nothing"
+        return
+    for index, application in enumerate(applications):
+        if not isinstance(application, dict) or not application.get("import_path"):
+            yield "spec.serveConfigV2", f"applications[{index}].import_path is missing: MODULE:FUNCTION"
 
 
 def _runtime_env(text: str | None) -> Iterator[Fault]:
@@ -118,12 +144,12 @@ def _deletion(spec: dict[str, Any]) -> Iterator[Fault]:
             yield f"{path}.deletionRules[{index}].condition", "needs either jobStatus or jobDeploymentStatus"
 
 
-def _cluster(path: str, cluster: dict[str, Any], *, is_job: bool) -> Iterator[Fault]:
+def _cluster(path: str, cluster: dict[str, Any], *, kind: str) -> Iterator[Fault]:
     for field, gate in _GATED.items():
         if cluster.get(field):
             yield f"{path}.{field}", f"the operator refuses it unless its feature gate is on: {gate}"
     yield from _managed_by(path, cluster)
-    yield from _auth(path, cluster, is_job=is_job)
+    yield from _auth(path, cluster, kind=kind)
     names = [str(group.get("groupName")) for group in cluster.get("workerGroupSpecs") or ()]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"{path}.workerGroupSpecs", f"two groups are called {name}"
@@ -148,15 +174,15 @@ def _cluster(path: str, cluster: dict[str, Any], *, is_job: bool) -> Iterator[Fa
                 yield place, f"{name} does not go with gcsFaultToleranceOptions, which sets it"
 
 
-def _auth(path: str, cluster: dict[str, Any], *, is_job: bool) -> Iterator[Fault]:
+def _auth(path: str, cluster: dict[str, Any], *, kind: str) -> Iterator[Fault]:
     auth = cluster.get("authOptions") or {}
     version = _version(cluster)
     if cluster.get("rayVersion") and version is None:
         yield f"{path}.rayVersion", f"{cluster['rayVersion']}: must be a version such as 2.60.0"
     if auth.get("mode") == "token" and (version is None or version < Version("2.52")):
         yield f"{path}.rayVersion", "authOptions.mode token needs rayVersion 2.52 or newer"
-    if auth.get("enableK8sTokenAuth") and is_job:
-        yield f"{path}.authOptions.enableK8sTokenAuth", "is not for a RayJob"
+    if auth.get("enableK8sTokenAuth") and kind != "RayCluster":
+        yield f"{path}.authOptions.enableK8sTokenAuth", f"is not for a {kind}"
 
 
 def _group(group: Group, options: dict[str, Any]) -> Iterator[Fault]:

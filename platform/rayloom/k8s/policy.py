@@ -16,7 +16,7 @@ _HOST = ("hostNetwork", "hostPID", "hostIPC")
 
 
 def policy_faults(document: Document) -> Iterator[Fault]:
-    """What a RayCluster or RayJob has against our policy."""
+    """What a RayCluster, RayJob or RayService has against our policy."""
     for pod in pods(document):
         yield from _pod(pod)
     if found := cluster_spec(document):

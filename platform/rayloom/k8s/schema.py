@@ -16,7 +16,7 @@ from rayloom.k8s.documents import Document, Fault
 KUBERAY = "v1.7.0"
 """The version of KubeRay whose schemas and rules these are."""
 _CORE_VERSION = "1.33"
-_RAY_KINDS = ("RayCluster", "RayJob")
+_RAY_KINDS = ("RayCluster", "RayJob", "RayService")
 # Of other operators, whose schemas are not carried: only that they are what they call themselves.
 _OTHERS = {
     "PodMonitor": "monitoring.coreos.com/v1",

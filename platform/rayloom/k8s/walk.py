@@ -42,8 +42,9 @@ def cluster_spec(document: Document) -> tuple[str, dict[str, Any]] | None:
     spec = document.body.get("spec") or {}
     if document.kind == "RayCluster":
         return "spec", spec
-    if document.kind == "RayJob" and spec.get("rayClusterSpec"):
-        return "spec.rayClusterSpec", spec["rayClusterSpec"]
+    field = {"RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}.get(document.kind, "")
+    if spec.get(field):
+        return f"spec.{field}", spec[field]
     return None
 
 

@@ -81,21 +81,15 @@ def prediction_of(
     device: Literal["auto", "cpu", "gpu"] = "auto"
     if model.endswith((".yaml", ".yml")):
         from rayloom.config.read import read_job
+        from rayloom.stages.trained import trained_by
 
         job = read_job(model, overrides)
         config, template, cutoff, rollout = job.model, job.data.template, job.data.cutoff, job.rollout
         device = job.train.device
-        if job.output_folder is None:
-            raise RequestError(
-                f"output_dir: {job.output_dir} is an address: copy {job.run_place}/model to a folder, and name that"
-            )
-        trained = job.run_dir / "model"
-        if adapter is None and (trained / CONFIG).is_file():
-            adapter = str(trained)
-        elif adapter is None and (trained / "config.json").is_file():
-            config = config.model_copy(update={"path": str(trained)})
-        elif adapter is None:
-            raise RequestError(f"{model}: {trained} holds no model: run the job first, or name a model or an --adapter")
+        if adapter is None:
+            trained = trained_by(job)
+            config = trained.model
+            adapter = None if trained.adapter is None else str(trained.adapter)
     elif overrides:
         raise RequestError(f"{overrides[0]}: keys are changed of a job file, and {model} is a model")
     rollout = rollout.model_copy(update={"engines": engines or rollout.engines})

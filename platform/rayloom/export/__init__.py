@@ -1,0 +1,1 @@
+"""What a job has trained, in the form that other programs read."""

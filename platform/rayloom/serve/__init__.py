@@ -1,0 +1,1 @@
+"""What a job has trained, behind an OpenAI API."""
