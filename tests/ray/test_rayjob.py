@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +17,7 @@ from tests.ray.machines import Machine, wait_for_nodes
 from tests.ray.small_jobs import job, write_rows
 from tests.ray.test_machines import machine
 
+from rayloom.config.read import dump_job
 from rayloom.jobs.client import connect, follow_logs, job_status, list_jobs
 from rayloom.jobs.local_head import LocalHead
 from rayloom.k8s.check import check_documents
@@ -24,6 +28,8 @@ from rayloom.k8s.ray_pods import Places, dump
 from rayloom.k8s.render import render
 
 __all__ = ["machine"]
+
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -75,3 +81,32 @@ def test_an_idle_node_leaves_at_once(head: LocalHead, machine: Machine) -> None:
     wait_for_nodes(head, 1)
     gone = subprocess.run([sys.executable, "-m", "rayloom.k8s.leave", "--help"], capture_output=True, check=False)
     assert gone.returncode == 0
+
+
+@pytest.mark.slow
+def test_the_scheduled_command_submits_a_run_of_the_date(head: LocalHead, tiny_model: Path, tmp_path: Path) -> None:
+    """The CronJob's own shell command, with another job file and storage; a second one of the day finds the run."""
+    manifest = yaml.safe_load((ROOT / "k8s" / "scheduled" / "nightly.yaml").read_text())
+    (container,) = manifest["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    rows = write_rows(tmp_path / "rows.jsonl", 40)
+    config = job(tiny_model, tmp_path / "runs", [{"path": str(rows)}], train={"max_steps": 2, "cpus_per_worker": 3})
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "job.yaml").write_text(dump_job(config))
+    (text,) = container["args"]
+    for old, new in (("jobs/demo.yaml", "job.yaml"), ("output_dir=/shared/runs", f"output_dir={tmp_path}/runs")):
+        assert old in text
+        text = text.replace(old, new)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, **head.environment, "PATH": path}
+    assert {one["name"] for one in container["env"]} <= head.environment.keys()
+    done = [
+        subprocess.run([*container["command"], text], cwd=tmp_path / "work", env=environment, timeout=180,
+                       capture_output=True, text=True, check=False)
+        for _ in range(2)
+    ]  # fmt: skip
+    (run,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"nightly-\d{4}-\d\d-\d\d", run.name)
+    assert done[0].returncode == 0, done[0].stderr
+    assert json.loads((run / "result.json").read_text())["status"] == "finished"
+    assert done[1].returncode == 2
+    assert "holds a finished run and is kept as it is" in done[1].stdout + done[1].stderr

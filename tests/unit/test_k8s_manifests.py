@@ -106,6 +106,22 @@ def test_the_demo_is_served_as_it_is_rendered():
     assert policy["ingress"][0]["ports"][0]["port"] in ports
 
 
+@needs_kubectl
+def test_the_scheduled_job_is_in_order_and_reaches_the_cluster():
+    (cron,) = (document.body for document in check(ROOT / "k8s" / "scheduled"))
+    template = cron["spec"]["jobTemplate"]["spec"]["template"]
+    overlay = check(ROOT / "k8s" / "overlays" / "cpu")
+    (policy,) = (document.body["spec"] for document in overlay if document.kind == "NetworkPolicy")
+    (cluster,) = (document for document in overlay if document.kind == "RayCluster")
+    (allowed, *_) = policy["ingress"][0]["from"]
+    assert allowed["podSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+    (container,) = template["spec"]["containers"]
+    values = {one["name"]: one for one in container["env"]}
+    assert values["RAY_API_SERVER_ADDRESS"]["value"] == f"http://{cluster.name}-head-svc:8265"
+    assert values["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"] == {"name": cluster.name, "key": "auth_token"}
+    assert container["image"] == OVERLAYS["cpu"].image
+
+
 def test_text_and_documents_are_the_same(tmp_path):
     documents = demo()
     file = tmp_path / "demo.yaml"
