@@ -241,6 +241,12 @@ OF_THE_SERVICE = [
     ("spec.upgradeStrategy.type", "Rolling", "spec.upgradeStrategy.type", "must be one of NewCluster, "),
     ("spec.rayClusterConfig", GONE, "spec.rayClusterConfig", "is missing"),
     (f"{CONFIG}.authOptions.enableK8sTokenAuth", True, f"{CONFIG}.authOptions.enableK8sTokenAuth", "not for a RayServ"),
+    ("spec.serveConfigV2", "applications: [{import_path: 5}]", "spec.serveConfigV2", "import_path is missing"),
+    (f"{CONFIG}.headGroupSpec.headService", {"metadata": {"name": "a"}},
+     f"{CONFIG}.headGroupSpec.headService.metadata.name", "leave it out"),
+    ("spec.upgradeStrategy.type", "NewClusterWithIncrementalUpgrade", f"{CONFIG}.enableInTreeAutoscaling", "needs the"),
+    ("spec.upgradeStrategy.type", "NewClusterWithIncrementalUpgrade", "spec.upgradeStrategy.clusterUpgradeOptions",
+     "is missing"),
     ("metadata.name", "a" * 48, "metadata.name", "has 48 characters; a RayService may have 47"),
     (f"{CONFIG}.headGroupSpec.template.spec.hostNetwork", True, f"{CONFIG}.headGroupSpec.template.spec.hostNetwork",
      "pod security `restricted`"),
@@ -256,3 +262,20 @@ def test_a_service_that_is_broken(path: str, value: Any, place: str, told: str) 
     assert any(f": {place}" in message and told in message for message in refused.value.messages), (
         refused.value.messages
     )
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("securityContext", {}, "runAsNonRoot: must be true"),
+        ("containers[0].resources", {}, "containers[0].resources"),
+        ("containers[0].image", "rayloom", "containers[0].image"),
+    ],
+)
+def test_a_scheduled_pod_that_is_not_safe(field: str, value: Any, told: str) -> None:
+    body = yaml.safe_load((ROOT / "k8s" / "scheduled" / "nightly.yaml").read_text())
+    check_documents([Document("m.yaml", 1, body)])
+    with pytest.raises(RequestError) as refused:
+        check_documents(edited([body], 1, f"spec.jobTemplate.spec.template.spec.{field}", value))
+    assert any(f"spec.jobTemplate.spec.template.spec.{told}" in message or told in message
+               for message in refused.value.messages)  # fmt: skip

@@ -69,10 +69,13 @@ def _asked(model: str, *overrides: str) -> Prediction:
 def test_a_job_that_has_trained_nothing_yet_is_refused(tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
     job.write_text(f"name: a\noutput_dir: {tmp_path}\nmodel: {{path: m}}\ndata: {{train: [x.jsonl], cutoff: 99}}\n")
-    with pytest.raises(RequestError, match="holds no model: run the job a first"):
+    with pytest.raises(RequestError, match="model is not there: run the job a first"):
         _asked(str(job))
     (tmp_path / "a" / "model").mkdir(parents=True)
     (tmp_path / "a" / "model" / "adapter_config.json").write_text("{}")
+    with pytest.raises(RequestError, match=r"a has not finished \(at work\)"):
+        _asked(str(job))
+    (tmp_path / "a" / "result.json").write_text('{"status": "finished"}')
     prediction = _asked(str(job), "rollout.max_tokens=7")
     assert (prediction.adapter, prediction.cutoff) == (str(tmp_path / "a" / "model"), 99)
     assert (prediction.sampling.max_tokens, prediction.rollout.engines) == (7, 3)

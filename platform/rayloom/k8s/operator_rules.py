@@ -89,9 +89,18 @@ def _service(spec: dict[str, Any]) -> Iterator[Fault]:
         yield "spec.rayClusterConfig", "is missing: the cluster that serves"
     if spec.get("rayClusterDeletionDelaySeconds", 0) < 0:
         yield "spec.rayClusterDeletionDelaySeconds", "must be 0 or above"
-    strategy = (spec.get("upgradeStrategy") or {}).get("type")
-    if strategy not in (None, *_UPGRADES):
-        yield "spec.upgradeStrategy.type", f"{strategy}: must be one of {', '.join(_UPGRADES)}"
+    cluster = spec.get("rayClusterConfig") or {}
+    head_service = (cluster.get("headGroupSpec") or {}).get("headService") or {}
+    if (head_service.get("metadata") or {}).get("name"):
+        yield "spec.rayClusterConfig.headGroupSpec.headService.metadata.name", "leave it out: the operator names it"
+    upgrade = spec.get("upgradeStrategy") or {}
+    if upgrade.get("type") not in (None, *_UPGRADES):
+        yield "spec.upgradeStrategy.type", f"{upgrade['type']}: must be one of {', '.join(_UPGRADES)}"
+    if upgrade.get("type") == "NewClusterWithIncrementalUpgrade":
+        if not cluster.get("enableInTreeAutoscaling"):
+            yield "spec.rayClusterConfig.enableInTreeAutoscaling", "an incremental upgrade needs the autoscaler"
+        if not upgrade.get("clusterUpgradeOptions"):
+            yield "spec.upgradeStrategy.clusterUpgradeOptions", "is missing: an incremental upgrade goes by it"
     yield from _managed_by("spec", spec)
     try:
         applications = (yaml.safe_load(spec.get("serveConfigV2") or "") or {}).get("applications")
@@ -102,7 +111,7 @@ def _service(spec: dict[str, Any]) -> Iterator[Fault]:
         yield "spec.serveConfigV2", "names no applications: the cluster would serve nothing"
         return
     for index, application in enumerate(applications):
-        if not isinstance(application, dict) or not application.get("import_path"):
+        if not isinstance(application, dict) or not isinstance(application.get("import_path"), str):
             yield "spec.serveConfigV2", f"applications[{index}].import_path is missing: MODULE:FUNCTION"
 
 

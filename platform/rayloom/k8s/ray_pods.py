@@ -50,6 +50,8 @@ class RayPods:
     """`app.kubernetes.io/component` of the pods, for policies that are for some of them only."""
     ports: dict[str, int] = field(default_factory=dict)
     """That every pod has beside Ray's own."""
+    calls_kubernetes: bool = True
+    """Whether the pods get the account's token, as the autoscaler must."""
 
     @property
     def labels(self) -> dict[str, str]:
@@ -122,6 +124,7 @@ class RayPods:
             "metadata": {"labels": self.labels},
             "spec": {
                 "serviceAccountName": "rayloom",
+                **({} if self.calls_kubernetes else {"automountServiceAccountToken": False}),
                 "terminationGracePeriodSeconds": GRACE_SECONDS,
                 "securityContext": pod_security(),
                 "containers": [container],

@@ -19,8 +19,9 @@ from rayloom.k8s.ray_pods import Places, RayPods, kubernetes_name, resources
 SERVING = "serving"
 """`app.kubernetes.io/component` of its pods."""
 PORT = 8000
-_CPUS_BESIDE = 1
-"""Of each worker beside the engine: for what takes the requests."""
+_CPUS_BESIDE = 2
+"""Of each worker beside the engine: for what takes the requests, and for what merges an adapter."""
+_BESIDE = ("prompt", "p_tuning", "prefix", "adapter")
 
 
 def render_service(
@@ -37,8 +38,15 @@ def render_service(
     """
     if job.stage.type == "reward":
         raise RequestError("stage.type: reward: such a job trains a model that judges answers, and writes none")
+    if job.method.type in _BESIDE:
+        raise RequestError(f"method.type: {job.method.type}: what it trains cannot become a part of the weights")
+    if job.output_folder is None:
+        raise RequestError(f"output_dir: {job.output_dir} is an address; a service reads its model from the claim")
+    if overlay.queue:
+        raise RequestError("--queue: a service is not for a queue, which holds what ends; use another overlay")
     places = places or Places()
-    pods = RayPods(kubernetes_name(name or f"{job.name}-service"), overlay, places, part=SERVING, ports={"serve": PORT})
+    own_name = kubernetes_name(name or f"{job.name}-service")
+    pods = RayPods(own_name, overlay, places, part=SERVING, ports={"serve": PORT}, calls_kubernetes=False)
     placed = place(job, root=places.root, storage=places.storage, gpus=overlay.gpus)
     rollout = placed.rollout
     application = {

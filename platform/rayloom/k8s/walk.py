@@ -56,11 +56,14 @@ def groups(path: str, cluster: dict[str, Any]) -> Iterator[Group]:
 
 
 def pods(document: Document) -> Iterator[Pod]:
-    """Every pod that the operator makes of the document."""
+    """Every pod that KubeRay's operator makes of the document, and a CronJob's."""
     if found := cluster_spec(document):
         for group in groups(*found):
             spec = (group.body.get("template") or {}).get("spec") or {}
             yield Pod(f"{group.path}.template.spec", spec, "head" if group.is_head else "worker")
+    if document.kind == "CronJob":
+        template = ((document.body.get("spec") or {}).get("jobTemplate") or {}).get("spec", {}).get("template") or {}
+        yield Pod("spec.jobTemplate.spec.template.spec", template.get("spec") or {}, "submitter")
     submitter = ((document.body.get("spec") or {}).get("submitterPodTemplate") or {}).get("spec")
     if document.kind == "RayJob" and submitter:
         yield Pod("spec.submitterPodTemplate.spec", submitter, "submitter")

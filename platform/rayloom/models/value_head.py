@@ -6,6 +6,7 @@ the names that TRL and LlamaFactory gave it, so that their heads load here and o
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers.utils.generic import ModelOutput
 from rayloom.errors import RequestError
 
 FILE = "value_head.safetensors"
+_MODEL = "model.safetensors"
 _PREFIX = "v_head.summary."
 
 
@@ -118,7 +120,12 @@ def _is_tied(model: Any) -> bool:
 
 
 def save_value_head(head: ValueHead, folder: Path, *, is_writer: bool = True) -> None:
-    """Write the head into `folder`. Every rank must call it where ZeRO-3 shards the head; the writer writes."""
+    """Write the head into `folder`. Every rank must call it where ZeRO-3 shards the head; the writer writes.
+
+    Beside a whole model in one file goes an index that names that file alone: vLLM would take the head
+    for a part of it.
+    """
+    from safetensors import safe_open
     from safetensors.torch import save_file
 
     with _gathered(head, modify=False):
@@ -128,6 +135,10 @@ def save_value_head(head: ValueHead, folder: Path, *, is_writer: bool = True) ->
         }
     if is_writer:
         save_file(tensors, folder / FILE, metadata={"format": "pt"})
+        if (folder / _MODEL).is_file():
+            with safe_open(folder / _MODEL, "pt") as weights:
+                index = {"metadata": {}, "weight_map": dict.fromkeys(weights.keys(), _MODEL)}
+            (folder / f"{_MODEL}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def load_value_head(head: ValueHead, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""vLLM behind one class: the only file that knows its API, and the versions of it that were tried."""
+"""vLLM behind one class: the only file that knows its Python API, and the version that it was written for."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from rayloom.rollout.request import (
 
 VERSION = "0.32"
 """The vLLM that this file was written for: its calls for weights change between minor versions."""
-_TYPES: dict[str, Any] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+VLLM_TYPES: dict[str, Any] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _VARIABLES = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions go to vLLM's workers, where there are several
@@ -88,7 +88,7 @@ class VllmEngine:
             arguments["gpu_memory_utilization"] = options.gpu_memory
         self._llm: Any = vllm.LLM(
             model=model_folder(options.model),
-            dtype=_TYPES[options.precision],
+            dtype=VLLM_TYPES[options.precision],
             max_model_len=max(options.max_length, 2 * BLOCK),  # probes fit too
             tensor_parallel_size=options.tensor_parallel,
             enforce_eager=options.device == "cpu",

@@ -18,15 +18,15 @@ from pydantic import Field, ValidationError
 from rayloom.config.job import JobConfig
 from rayloom.config.part import ConfigPart
 from rayloom.config.read import read_job
-from rayloom.errors import RequestError
+from rayloom.errors import JobError, RequestError
 from rayloom.export.merge import whole_model
 from rayloom.models.config import ModelConfig
 from rayloom.models.precision import choose_precision, computes_bf16, engine_precision
 from rayloom.models.source import raw_config
 from rayloom.rollout.offline import cluster_gpus
-from rayloom.rollout.vllm_engine import check_vllm
+from rayloom.rollout.vllm_engine import VLLM_TYPES, check_vllm
 
-_TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "pure_bf16": "bfloat16"}
+_MERGE_SECONDS = 3600
 
 
 class ServeArguments(ConfigPart):
@@ -62,9 +62,30 @@ def build(arguments: dict[str, Any]) -> Any:
     from ray.serve.llm import build_openai_app
 
     # Not here: this may be the head, which has no room for a model.
-    folder = ray.get(ray.remote(num_cpus=1, max_retries=0)(whole_model).remote(job))
+    merging = ray.remote(num_cpus=1, max_retries=0)(whole_model).remote(_absolute(job))
+    try:
+        folder = ray.get(merging, timeout=_MERGE_SECONDS)
+    except ray.exceptions.GetTimeoutError:
+        raise JobError(
+            f"the application waited {_MERGE_SECONDS} s for a worker to merge the adapter of {job.name}, which takes a "
+            "CPU that nothing else has reserved, and memory for the model in fp32"
+        ) from None
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        raise cause if isinstance(cause, RequestError) else error from None
     device: Literal["cpu", "gpu"] = "gpu" if job.train.device != "cpu" and cluster_gpus() else "cpu"
     return build_openai_app({"llm_configs": [engine_settings(job, told, folder, device)]})
+
+
+def _absolute(job: JobConfig) -> JobConfig:
+    """The job with its folders seen from here: a worker has another current directory."""
+    changes: dict[str, Any] = {}
+    if job.output_folder is not None:
+        changes["output_dir"] = str(job.output_folder)
+    folder = Path(job.model.path).expanduser()
+    if folder.is_dir():
+        changes["model"] = job.model.model_copy(update={"path": str(folder.absolute())})
+    return job.model_copy(update=changes)
 
 
 def engine_settings(
@@ -81,7 +102,7 @@ def engine_settings(
     length = job.data.cutoff + rollout.max_tokens
     own = choose_precision(rollout.precision, device, bf16=device == "gpu" or computes_bf16("cpu"))
     engine: dict[str, Any] = {
-        "dtype": _TYPES[engine_precision(rollout.precision, own, device)],
+        "dtype": VLLM_TYPES[engine_precision(rollout.precision, own, device)],
         "max_model_len": min(length, limit) if limit else length,
         "enable_prefix_caching": True,
         "trust_remote_code": job.model.trust_remote_code,

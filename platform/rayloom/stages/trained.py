@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,18 @@ def trained_by(job: JobConfig) -> Trained:
             f"output_dir: {job.output_dir} is an address: copy {job.run_place}/model to a folder, and name that"
         )
     folder = job.run_dir / "model"
+    if not folder.is_dir():
+        raise RequestError(f"output_dir: {folder} is not there: run the job {job.name} first")
+    result = job.run_dir / "result.json"
+    status = json.loads(result.read_text(encoding="utf-8"))["status"] if result.is_file() else "at work"
+    if status != "finished":
+        raise RequestError(f"output_dir: the run in {job.run_dir} has not finished ({status})")
     if (folder / CONFIG).is_file():
         merges = isinstance(job.method, LoraConfig) and job.method.merged
         return Trained(_whole(job.model, folder / MERGED_BASE) if merges else job.model, folder)
     if (folder / "config.json").is_file():
         return Trained(_whole(job.model, folder), None)
-    raise RequestError(f"output_dir: {folder} holds no model: run the job {job.name} first")
+    raise RequestError(f"output_dir: {folder} holds no model")
 
 
 def _whole(model: ModelConfig, folder: Path) -> ModelConfig:
