@@ -49,6 +49,7 @@ def test_the_manifest_serves(tiny_model: Path, tmp_path: Path) -> None:
     model.save_pretrained(job.run_dir / "model")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.save_pretrained(job.run_dir / "model")
+    (job.run_dir / "result.json").write_text('{"status": "finished"}')
 
     places = Places(storage=str(output), job=str(tmp_path / "mounted"))
     config_map, service = render_service(job, OVERLAYS["cpu"], places)
@@ -71,7 +72,12 @@ def test_the_manifest_serves(tiny_model: Path, tmp_path: Path) -> None:
                 models = _call(f"{address}/models")
                 break
             except (urllib.error.URLError, ConnectionError):
-                assert time.monotonic() < until, f"nothing answers after {SECONDS} s"
+                status = subprocess.run(
+                    [*command[:3], "status", "-a", head.address], env=environment, capture_output=True, text=True,
+                    timeout=60, check=False,
+                ).stdout  # fmt: skip
+                assert "DEPLOY_FAILED" not in status, status
+                assert time.monotonic() < until, f"nothing answers after {SECONDS} s: {status}"
                 time.sleep(1)
         assert [one["id"] for one in models["data"]] == ["served"]
         request = {"model": "served", "messages": ASKED, "max_tokens": 20, "temperature": 0, "logprobs": True}

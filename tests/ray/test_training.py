@@ -31,6 +31,7 @@ from rayloom.data.segment import EncodeSegment, read_segment
 from rayloom.data.walk import Walk
 from rayloom.errors import JobError, RequestError
 from rayloom.methods.attach import attach_method
+from rayloom.methods.config import FullConfig
 from rayloom.stages.prepare import eval_options, prepare_data, prepare_eval, segment_options
 from rayloom.train.preparation import prepare
 
@@ -265,7 +266,7 @@ def test_a_finished_run_is_refused(plain: Any) -> None:
 def test_resume_refuses_another_job(plain: Any) -> None:
     config, _, _ = plain
     longer = config.train.model_copy(update={"max_steps": STEPS + 1, "seed": 7})
-    changed = config.model_copy(update={"resume": True, "train": longer, "method": {"type": "full"}})
+    changed = config.model_copy(update={"resume": True, "train": longer, "method": FullConfig()})
     with pytest.raises(RequestError) as refused:
         run(changed)
     assert [message.split(":")[0] for message in refused.value.messages] == ["resume", "resume"]
