@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,18 @@ def test_it_is_merged_once_for_each_state_of_the_adapter(tiny_model: Path, tmp_p
     second = whole_model(job)
     torch.testing.assert_close(_logits(second), expected, rtol=1e-4, atol=1e-4)
     assert {path.name for path in second.parent.iterdir()} == {first.name, second.name}  # the first may be in use
+
+
+def test_what_a_merge_that_was_killed_left_goes_after_a_day(tiny_model: Path, tmp_path: Path) -> None:
+    job = _job(tiny_model, tmp_path)
+    _train(peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"), job)
+    left, at_work = (job.run_dir / "served" / f".merging-{name}" for name in ("left", "at_work"))
+    for folder, hours in ((left, 25), (at_work, 23)):
+        folder.mkdir(parents=True)
+        then = time.time() - hours * 3600
+        os.utime(folder, (then, then))
+    merged = whole_model(job)
+    assert set((job.run_dir / "served").iterdir()) == {merged, at_work}
 
 
 def test_whole_weights_are_served_as_they_are(tiny_model: Path, tmp_path: Path) -> None:

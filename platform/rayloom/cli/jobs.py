@@ -97,8 +97,8 @@ def list_(address: str | None) -> None:
 
     from rayloom.jobs.client import connect, list_jobs
 
-    whole = [Column(name, overflow="fold") for name in ("job", "status", "stage", "started")]
-    table = Table(*whole, Column("run directory", overflow="fold"), box=None, pad_edge=False)
+    names = ("job", "status", "stage", "started", "run directory")
+    table = Table(*(Column(name, overflow="fold") for name in names), box=None, pad_edge=False)
     for job in list_jobs(connect(address)):
         started = job.started.strftime("%Y-%m-%d %H:%M:%S") if job.started else "-"
         table.add_row(job.id, job.status, job.stage or "-", started, job.run_dir or "-")

@@ -59,7 +59,6 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
 
 # --- overrides ------------------------------------------------------------------------------------------------------
 
-_KEY_OF_MESSAGE = re.compile(r"[a-z_]+(\.[a-z_]+)+(?=: )")
 _KEY = re.compile(r"[^.\[\]]+(\.[^.\[\]]+|\[[0-9]+\])*")
 _STEP = re.compile(r"([^.\[\]]+)|\[([0-9]+)\]")
 
@@ -164,6 +163,7 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 # --- messages -------------------------------------------------------------------------------------------------------
 
+_KEY_OF_MESSAGE = re.compile(r"[a-z_]+(\.[a-z_]+)+(?=: )")
 _WORDS = {
     "int_parsing": "must be a whole number",
     "int_type": "must be a whole number",

@@ -15,13 +15,15 @@ from rayloom.k8s.documents import Document
 from rayloom.k8s.overlay import Overlay
 from rayloom.k8s.placed_job import place
 from rayloom.k8s.ray_pods import Places, RayPods, kubernetes_name, resources
+from rayloom.methods.rules import VIRTUAL_TOKENS
 
 SERVING = "serving"
 """`app.kubernetes.io/component` of its pods."""
 PORT = 8000
 _CPUS_BESIDE = 2
 """Of each worker beside the engine: for what takes the requests, and for what merges an adapter."""
-_BESIDE = ("prompt", "p_tuning", "prefix", "adapter")
+_BESIDE = (*VIRTUAL_TOKENS, "adapter")
+"""Methods whose adapters are no part of any weight (`rayloom.export.merge`)."""
 
 
 def render_service(

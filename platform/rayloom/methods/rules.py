@@ -8,7 +8,7 @@ from rayloom.config.job import JobConfig
 from rayloom.errors import RequestError
 from rayloom.methods.config import FreezeConfig, LoraConfig, PeftConfig
 
-_VIRTUAL_TOKENS = ("prompt", "p_tuning", "prefix")
+VIRTUAL_TOKENS = ("prompt", "p_tuning", "prefix")
 # Tuners of PEFT that were seen to learn under ZeRO-3 what they learn without, and to be saved whole.
 _ON_SHARDS = frozenset(
     "BEFT BOFT C3A FOURIERFT GLORA GRALORA HIRA HRA IA3 LILY LOKR LORA MISS OFT PEANUT PSOFT PVERA ROAD SHIRA UNILORA "
@@ -28,7 +28,7 @@ def check_combination(job: JobConfig) -> None:
 
 
 def _packed_prompts(job: JobConfig) -> str | None:
-    if job.method.type in _VIRTUAL_TOKENS and job.packs:
+    if job.method.type in VIRTUAL_TOKENS and job.packs:
         return (
             f"data.packing: virtual tokens (method.type: {job.method.type}) stand before a row, and in a packed row "
             "only its first example would see them; set data.packing: false"
