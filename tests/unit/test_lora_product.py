@@ -85,7 +85,7 @@ def test_layers_that_read_the_same_input_keep_it_once():
         x = torch.randn(512, 24).bfloat16().requires_grad_()
 
         def pack(tensor):
-            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            seen[tensor.untyped_storage().data_ptr()] = tensor.shape
             return tensor
 
         for name, weight in model.named_parameters():
@@ -94,12 +94,12 @@ def test_layers_that_read_the_same_input_keep_it_once():
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 output = model(x)
-            total = sum(seen.values())
+            found = list(seen.values()).count(x.shape)
         del output
-        return total
+        return found
 
     plain, lean = map(kept, _both())
-    assert plain - lean >= 512 * 24 * 2
+    assert lean == 1 < plain
 
 
 @pytest.mark.parametrize("case", ["dropout", "dora", "disabled", "merged"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,35 +17,30 @@ from rayloom.models.packed_attention import packs_cheaply
 from rayloom.models.value_head import attach_critic
 from rayloom.train.batch import TrainedPositions
 from rayloom.train.ppo_answers import make_answer_batch
-from rayloom.train.ppo_trainer import PpoTrainer
+from rayloom.train.token_scores import TokenScorer
 
 
-def policy(tiny_model: Path) -> tuple[Any, SimpleNamespace]:
-    """With a critic and an adapter that change something, and as much of a trainer as asks it."""
+def policy(tiny_model: Path) -> Any:
+    """With a critic and an adapter that change something."""
     torch.manual_seed(0)
     model = attach_method(load_causal_lm(str(tiny_model), torch.float32).double(), LoraConfig(rank=4)).double()
     attach_critic(model)
     for name, parameter in model.named_parameters():
         if "lora_B" in name or "v_head" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    return model, SimpleNamespace(_rollout=SimpleNamespace(temperature=0.7))
-
-
-def said_of(model: Any, trainer: Any, positions: TrainedPositions, chosen: list[Any], packed: bool) -> Any:
-    batch = make_answer_batch(chosen, pad_token=0, packed=packed)
-    positions.choose(batch["positions"])
-    return PpoTrainer._tokens(trainer, model, batch, entropy=True)
+    return model
 
 
 @pytest.mark.parametrize("row", [2048, 8])
 def test_each_is_what_it_is_alone(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, row: int) -> None:
     monkeypatch.setattr("rayloom.train.batch.ROW", row)
-    model, trainer = policy(tiny_model)
-    positions = TrainedPositions(model)
+    model = policy(tiny_model)
+    say = TokenScorer(model, TrainedPositions(model))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def found(batches: list[list[Any]], packed: bool) -> list[torch.Tensor]:
-        said = [said_of(model, trainer, positions, chosen, packed) for chosen in batches]
+        made = [make_answer_batch(chosen, pad_token=0, packed=packed) for chosen in batches]
+        said = [say(model, batch, temperature=0.7, entropy="trained") for batch in made]
         parts = [torch.cat([getattr(one, name) for one in said]) for name in ("log_probs", "entropies", "values")]
         weights = torch.linspace(0.5, 2, len(parts[0]))
         sum(((part * weights).sum() for part in parts), torch.tensor(0.0)).backward()

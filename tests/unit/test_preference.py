@@ -25,6 +25,7 @@ from rayloom.stages.preference import PreferenceEncoder
 from rayloom.stages.rules import check_stage
 from rayloom.train.batch import TrainedPositions
 from rayloom.train.pairs import answer_sums, make_pair_batch, pairs_of
+from rayloom.train.token_scores import TokenScorer
 
 CHATML = library_template("chatml")
 QUESTION = (Message("system", "Be brief."), Message("user", "river stone?"))
@@ -100,19 +101,21 @@ def table_of(encoder: PreferenceEncoder, examples: list[Example]) -> pa.Table:
     return segment_table(segment, encoded, [], capacity=64, seed=0)
 
 
-def test_what_a_model_says_of_pairs(encoder, tokenizer, tiny_model):
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_a_model_says_of_pairs(encoder, tokenizer, tiny_model, frozen):
     """Against each answer by itself, in float64."""
     examples = [preference(), preference(good="cloud cloud seven", bad="river")]
     table = table_of(encoder, examples)
     batch = make_pair_batch(table, tokenizer.pad_token_id)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64).eval()
+    model.requires_grad_(not frozen)
     chooser = TrainedPositions(model)
+    scorer = TokenScorer(model, chooser)
     positions, labels = batch["positions"], batch["labels"][0]
-    chooser.choose(positions)
     with torch.no_grad():
-        logits = model(input_ids=batch["input_ids"], use_cache=False).logits[0]
+        said = scorer(model, batch)
     rows = positions // batch["input_ids"].shape[1]
-    pairs = pairs_of(answer_sums(logits, labels, rows, 4), None, labels, rows)
+    pairs = pairs_of(answer_sums(said, batch), None, labels, rows)
     chooser.choose(None)
     order = [row[0] for row in table["rows"].to_pylist()]
     for number, index in enumerate(order):

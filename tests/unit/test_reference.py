@@ -27,9 +27,10 @@ from rayloom.stages.prepare import prepare_data, prepare_eval, segment_options
 from rayloom.stages.reference import ReferencePlace, reference_place
 from rayloom.train.batch import TrainedPositions
 from rayloom.train.kto_trainer import KtoTrainer
-from rayloom.train.pairs import log_probability_sums
+from rayloom.train.pairs import answer_sums
 from rayloom.train.preference_trainer import PreferenceTrainer
 from rayloom.train.reference import ReferencePass, Scorer
+from rayloom.train.token_scores import TokenScorer
 
 ROWS = 40
 
@@ -246,12 +247,11 @@ def test_a_batch_has_the_numbers_of_its_own_sequences(parts, tiny_model, tmp_pat
     a_trainer: Any = object.__new__(trainer)  # what makes a batch needs no more of it
     a_trainer._cached, a_trainer._pad_token = known, 0
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
-    positions = TrainedPositions(model)
+    say = TokenScorer(model, TrainedPositions(model))
     batch = a_trainer._batch(table)
     for part in [batch, batch["mismatched"]] if stage == "kto" else [batch]:
-        positions.choose(part["positions"])
         with torch.no_grad():
-            expected = log_probability_sums(model, part)
+            expected = answer_sums(say(model, part), part)
         found = a_trainer._reference_sums(part)
         assert found.dtype == torch.float32
         assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-5)

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 from rayloom.methods.attach import attach_method
 from rayloom.methods.config import LoraConfig
 from rayloom.models.value_head import attach_critic, save_value_head, value_head_for
-from rayloom.train.batch import TrainedPositions
-from rayloom.train.ppo_answers import make_answer_batch, model_inputs
-from rayloom.train.reward_models import AdapterRewardModel, OutputStates, OwnRewardModel
+from rayloom.train.batch import TrainedPositions, model_inputs
+from rayloom.train.ppo_answers import make_answer_batch
+from rayloom.train.reward_models import AdapterRewardModel, OwnRewardModel
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def policy_with_reward(tiny_model: Path, folder: Path) -> tuple[Any, TrainedPosi
     attach_critic(model)
     model.load_adapter(str(folder), adapter_name="reward_adapter", is_trainable=False)
     positions = TrainedPositions(model)
-    judge = AdapterRewardModel(model, "reward_adapter", positions, OutputStates(model), folder)
+    judge = AdapterRewardModel(model, "reward_adapter", positions, folder)
     return model, positions, judge
 
 

@@ -13,7 +13,15 @@ from tests.tiny_model import small_model
 from rayloom.methods.lora_product import LeanLinear, use_lean_products
 from rayloom.models import wide_products
 from rayloom.models.block_attention import causal_attention
-from rayloom.models.wide_products import FrozenLinear, float32_is_faster, into_input, linear, use_wide_products
+from rayloom.models.wide_products import (
+    FrozenLinear,
+    adapted_gradients,
+    adapted_linear,
+    float32_is_faster,
+    into_input,
+    linear,
+    use_wide_products,
+)
 from rayloom.train.frozen_head import frozen_head
 
 
@@ -48,6 +56,36 @@ def test_products_are_float64s_rounded_once(rows, size, out, limits, biased):
     torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=1e-5)
     torch.testing.assert_close(dx.double(), dy.double() @ weight.double(), rtol=2**-8, atol=1e-5)
     assert y.dtype == dx.dtype == torch.bfloat16
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    rows=st.integers(1, 20),
+    size=st.integers(1, 40),
+    out=st.integers(1, 40),
+    rank=st.integers(1, 9),
+    limits=st.tuples(st.integers(1, 24), st.integers(1, 400)),
+    biased=st.booleans(),
+)
+def test_products_of_an_adapted_layer_are_float64s_rounded_once(rows, size, out, rank, limits, biased):
+    x, weight, dy = _bf16(rows, size), _bf16(out, size, seed=1), _bf16(rows, out, seed=2)
+    bias = _bf16(out, seed=3) if biased else None
+    down, up = _bf16(rank, size, seed=4).float() / 3, _bf16(out, rank, seed=5).float() / 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wide_products, "_ROWS", limits[0])
+        patch.setattr(wide_products, "_TILE", limits[1])
+        y, small = adapted_linear(x, weight, bias, down, up, 1.5)
+        gradients = adapted_gradients(dy, x, small, weight, down, up, 1.5)
+    given = [one.double().requires_grad_() for one in (x, down, up)]
+    exact = given[0] @ weight.double().T + 1.5 * (given[0] @ given[1].T) @ given[2].T
+    if biased:
+        exact = exact + bias.double()
+    torch.testing.assert_close(y.double(), exact.detach(), rtol=2**-8, atol=1e-4)
+    exact.backward(dy.double())
+    for found, of, tolerance in zip(gradients, given, (2**-8, 1e-5, 1e-5), strict=True):
+        torch.testing.assert_close(found.double(), of.grad, rtol=tolerance, atol=1e-3)
+    assert y.dtype == gradients[0].dtype == torch.bfloat16
+    assert gradients[1].dtype == gradients[2].dtype == torch.float32
 
 
 def test_large_products_too():

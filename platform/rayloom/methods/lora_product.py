@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import Linear
 
-from rayloom.models.wide_products import FrozenLinear, into_input, is_wide, linear
+from rayloom.models.wide_products import FrozenLinear, adapted_gradients, adapted_linear, is_wide
 
 
 def use_lean_products(model: torch.nn.Module) -> None:
@@ -37,9 +37,9 @@ class LeanLinear(Linear):
         bias = None if base.bias is None else base.bias.to(dtype)
         product: Any = _Product.apply
         rows = x.to(dtype).flatten(0, -2)
-        lean: torch.Tensor = product(
-            rows, base.weight.to(dtype), bias, down.to(dtype), up.to(dtype), self.scaling[adapter]
-        )
+        if not is_wide(rows):  # there the adapter is computed in float32 as it is
+            down, up = down.to(dtype), up.to(dtype)
+        lean: torch.Tensor = product(rows, base.weight.to(dtype), bias, down, up, self.scaling[adapter])
         return lean.view(*x.shape[:-1], lean.shape[-1])
 
     def _only_adapter(self) -> str | None:
@@ -55,7 +55,8 @@ class LeanLinear(Linear):
 
 
 class _Product(torch.autograd.Function):
-    """`x W' + bias + scaling (x A') B'` of rows, all in one dtype; W and the bias get no gradient.
+    """`x W' + bias + scaling (x A') B'` of rows; W and the bias get no gradient. All are of one dtype, or, where x is
+    wide, A and B of any.
 
     Of rows: a model may write into what a layer returns, and autograd refuses that for views made in here.
     """
@@ -71,9 +72,11 @@ class _Product(torch.autograd.Function):
         scaling: float,
     ) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            y = (linear if is_wide(x) else torch.nn.functional.linear)(x, weight, bias)
-            small = x @ down.T
-            y.addmm_(small, up.T, alpha=scaling)
+            if is_wide(x):
+                y, small = adapted_linear(x, weight, bias, down, up, scaling)
+            else:
+                y, small = torch.nn.functional.linear(x, weight, bias), x @ down.T
+                y.addmm_(small, up.T, alpha=scaling)
         ctx.save_for_backward(x, weight, down, up, small)
         ctx.scaling = scaling
         return y
@@ -82,8 +85,11 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, down, up, small = ctx.saved_tensors
         (dy,) = gradients
-        dsmall = (dy @ up) * ctx.scaling
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = (into_input if is_wide(dy) else torch.mm)(dy, weight).addmm_(dsmall, down)
-        return dx, None, None, dsmall.T @ x, (dy.T @ small) * ctx.scaling, None
+        dx: torch.Tensor | None
+        if is_wide(x) and ctx.needs_input_grad[0]:
+            dx, ddown, dup = adapted_gradients(dy, x, small, weight, down, up, ctx.scaling)
+        else:
+            dsmall = (dy @ up.to(dy.dtype)) * ctx.scaling
+            dx = (dy @ weight).addmm_(dsmall, down) if ctx.needs_input_grad[0] else None
+            ddown, dup = dsmall.T @ x, (dy.T @ small.to(dy.dtype)) * ctx.scaling
+        return dx, None, None, ddown.to(down.dtype), dup.to(up.dtype), None

@@ -81,10 +81,70 @@ def into_input(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return dx
 
 
-def _parts(x: torch.Tensor, y: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The same rows of both, in equal parts: a small rest would have the whole weight converted for itself."""
-    count = max(1, round(len(x) / _ROWS))
-    return zip(x.tensor_split(count), y.tensor_split(count), strict=True)
+def adapted_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x weight' + bias + scaling (x down') up'`, rounded once; as `linear` else.
+
+    Args:
+        down: (rank, in).
+        up: (out, rank).
+
+    Returns:
+        (rows, out) in x's type, and x down', (rows, rank) in float32.
+    """
+    size, rank = weight.shape[1], len(down)
+    y, small = x.new_empty(len(x), len(weight)), x.new_empty(len(x), rank, dtype=torch.float32)
+    down = down.float()
+    for some, to, of_small in _parts(x, y, small):
+        # The small product has a few more columns in both matrices: no pass of its own goes over the large one.
+        inputs = _SPACE.floats("inputs", len(some), size + rank)
+        inputs[:, :size] = some
+        torch.mm(inputs[:, :size], down.T, out=of_small)
+        torch.mul(of_small, scaling, out=inputs[:, size:])
+        for tile in _tiles(weight):
+            rows = _SPACE.floats("tile", tile.stop - tile.start, size + rank)
+            rows[:, :size], rows[:, size:] = weight[tile], up[tile]
+            outputs = _SPACE.floats("outputs", len(some), len(rows))
+            torch.mm(inputs, rows.T, out=outputs)
+            to[:, tile] = outputs if bias is None else outputs.add_(bias[tile])
+    return y, small
+
+
+def adapted_gradients(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    small: torch.Tensor,
+    weight: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `adapted_linear` hands back, of a gradient dy (rows, out): that by x (rows, in) in its type, by down and by
+    up in float32."""
+    down, up = down.float(), up.float()
+    dx, ddown, dup = torch.empty_like(x), torch.zeros_like(down), torch.zeros_like(up)
+    for some, to, of_x, of_small in _parts(dy, dx, x, small):
+        outputs, dsmall = _SPACE.floats("outputs", *to.shape).zero_(), torch.zeros_like(of_small)
+        for tile in _tiles(weight):
+            given = _SPACE.wide("inputs", some[:, tile])
+            outputs.addmm_(given, _SPACE.wide("tile", weight[tile]))
+            dsmall.addmm_(given, up[tile], alpha=scaling)
+            dup[tile].addmm_(given.T, of_small, alpha=scaling)
+        to.copy_(outputs.addmm_(dsmall, down))
+        ddown.addmm_(dsmall.T, _SPACE.wide("inputs", of_x))
+    return dx, ddown, dup
+
+
+def _parts(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The same rows of all, in equal parts: a small rest would have the whole weight converted for itself."""
+    count = max(1, round(len(tensors[0]) / _ROWS))
+    return zip(*(one.tensor_split(count) for one in tensors), strict=True)
 
 
 def _tiles(weight: torch.Tensor) -> list[slice]:

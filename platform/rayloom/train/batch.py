@@ -78,6 +78,12 @@ def _joined(table: pa.Table, side_by_side: int) -> pa.Table:
     return pa.table(joined, schema=pa.schema([table.schema.field(name) for name in _LISTS]))
 
 
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """What a model is called with."""
+    names = ("input_ids", "position_ids") if "position_ids" in batch else ("input_ids",)
+    return {"use_cache": False} | {name: batch[name] for name in names}
+
+
 class TrainedPositions:
     """Lets a causal model's output layer see the hidden states at chosen positions only.
 
@@ -92,7 +98,9 @@ class TrainedPositions:
     def __init__(self, model: Any, skip: int = 0) -> None:
         self._skip = skip
         self._chosen = _Chosen()
-        model.get_output_embeddings().register_forward_pre_hook(self._choose)
+        head = model.get_output_embeddings()
+        head.register_forward_pre_hook(self._choose)
+        self._logits, head.forward = head.forward, self._logits_or_none
 
     def choose(
         self,
@@ -105,7 +113,7 @@ class TrainedPositions:
 
         Args:
             adapted: whether the method's virtual tokens are there, and not switched off.
-            take: gets the hidden states (kept, size), of which the output layer then sees the first only, once.
+            take: gets the hidden states (kept, size), once; then the model's logits are (1, kept, 0).
         """
         self._chosen.positions, self._chosen.take = positions, take
         self._chosen.ahead = self._skip if adapted else 0
@@ -115,10 +123,17 @@ class TrainedPositions:
         if chosen.positions is None:
             return None
         hidden = inputs[0][:, chosen.ahead :].flatten(0, 1)[chosen.positions]
-        if chosen.take is not None:
-            chosen.take(hidden)
-            chosen.positions, hidden = None, hidden[:1]
         return (hidden.unsqueeze(0), *inputs[1:])
+
+    def _logits_or_none(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """In the place of the output layer's forward pass, so that hooks behind it see its inputs either way."""
+        take, self._chosen.take = self._chosen.take, None
+        if take is None:
+            logits: torch.Tensor = self._logits(hidden, *args, **kwargs)
+            return logits
+        self._chosen.positions = None
+        take(hidden[0])
+        return hidden[..., :0]
 
 
 class _Chosen(threading.local):

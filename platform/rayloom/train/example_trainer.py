@@ -17,7 +17,8 @@ from rayloom.errors import JobError
 from rayloom.methods.prompts import virtual_tokens
 from rayloom.train.batch import Batch, TrainedPositions
 from rayloom.train.meter import StepCount
-from rayloom.train.pairs import log_probability_sums
+from rayloom.train.pairs import answer_sums
+from rayloom.train.token_scores import TokenScorer, TokenScores
 from rayloom.train.trainer import StreamTrainer
 
 
@@ -41,10 +42,11 @@ class ExampleTrainer(StreamTrainer):
         """What losses that compare with the model as it was before training compare with: `reference`, a copy of it, or
         `cached`, what it gave for every row; neither: the model with its adapter off."""
         super().__init__(**kw)
+        self._scorer = TokenScorer(kw["model"], self._trained_positions)
         self._copy, self._cached = reference, cached
         if reference is not None:
             reference.requires_grad_(False).eval().to(self.args.device)
-            self._copy_positions = TrainedPositions(reference, skip=virtual_tokens(reference))
+            self._copy_scorer = TokenScorer(reference, TrainedPositions(reference, skip=virtual_tokens(reference)))
         self.measured: tuple[str, ...] = self._stage.measures
         self._sums = torch.zeros(2, len(self.measured), dtype=torch.float64)  # of measures, and of how many
 
@@ -74,25 +76,20 @@ class ExampleTrainer(StreamTrainer):
             ) from None
 
     def _reference_sums(self, inputs: Batch, weights: torch.Tensor | None = None) -> torch.Tensor:
-        """The reference's `log_probability_sums` of a batch."""
+        """The reference's `answer_sums` of a batch."""
         if self._cached is not None:
             cached: torch.Tensor = inputs["reference"]
             return cached.view(torch.float32)
-        with self._reference(inputs["positions"]) as before:
-            return log_probability_sums(before, inputs, weights)
+        return answer_sums(self._said_before(inputs), inputs, weights)
 
-    @contextmanager
-    def _reference(self, positions: torch.Tensor) -> Iterator[Any]:
-        """The model to compare with, which gives logits at `positions` in its next call; no gradients."""
-        with torch.no_grad():
-            if self._copy is not None:
-                self._copy_positions.choose(positions)
-                with self.accelerator.autocast():
-                    yield self._copy
-            else:
-                self._trained_positions.choose(positions, adapted=False)
-                with self._without_adapter() as beneath:
-                    yield beneath
+    @torch.no_grad()
+    def _said_before(self, batch: Batch, temperature: float = 1.0) -> TokenScores:
+        """What the model to compare with says of a batch: the model as it was before training."""
+        if self._copy is not None:
+            with self.accelerator.autocast():
+                return self._copy_scorer(self._copy, batch, temperature=temperature)
+        with self._without_adapter() as beneath:
+            return self._scorer(beneath, batch, adapted=False, temperature=temperature)
 
     @contextmanager
     def _without_adapter(self) -> Iterator[Any]:

@@ -19,12 +19,10 @@ _CHUNK = 256
 """Positions whose logits stand at a time."""
 
 
-def frozen_head(model: Any) -> torch.nn.Module | None:
+def frozen_head(model: Any) -> torch.nn.Linear | None:
     """The output layer, where it is frozen and whole, and gives the model's logits as they are: no cap, no scale."""
     head = model.get_output_embeddings()
-    if type(head) not in (torch.nn.Linear, FrozenLinear) or any(
-        one.requires_grad or hasattr(one, "ds_id") for one in head.parameters()
-    ):
+    if type(head) not in (torch.nn.Linear, FrozenLinear) or not is_frozen(head):
         return None
     config = getattr(model, "config", None)
     if getattr(config, "output_router_logits", False):
@@ -41,6 +39,11 @@ def frozen_head(model: Any) -> torch.nn.Module | None:
         model.train(was_training)
     is_whole: bool = len(given) == 1 and torch.equal(given[0], logits)
     return head if is_whole else None
+
+
+def is_frozen(head: torch.nn.Module) -> bool:
+    """Whether a layer's weights are not trained, and whole: ZeRO-3 shards them when it wraps the model."""
+    return not any(one.requires_grad or hasattr(one, "ds_id") for one in head.parameters())
 
 
 class FrozenHeadLoss:

@@ -18,7 +18,7 @@ from rayloom.losses.judgement import kto
 from rayloom.stages.config import KtoConfig
 from rayloom.train.batch import Batch, make_batch
 from rayloom.train.example_trainer import ExampleTrainer, Scores, as_input
-from rayloom.train.pairs import first_sequences, log_probability_sums, sides_of
+from rayloom.train.pairs import answer_sums, first_sequences, sides_of
 
 
 class KtoTrainer(ExampleTrainer):
@@ -95,8 +95,7 @@ class KtoTrainer(ExampleTrainer):
     def _ratios(self, model: Any, inputs: Batch) -> torch.Tensor:
         """Log-probability under the policy less that under the reference, (rows,)."""
         reference = self._reference_sums(inputs)
-        self._trained_positions.choose(inputs["positions"])
-        return log_probability_sums(model, inputs) - reference
+        return answer_sums(self._scorer(model, inputs), inputs) - reference
 
     def _has_answer(self, inputs: Batch) -> torch.Tensor:
         """(rows,) bool: all but the row of padding of a batch without rows."""

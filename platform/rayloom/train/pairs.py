@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pyarrow as pa
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from rayloom.data.rows import second_start
 from rayloom.losses.pairs import Pairs
 from rayloom.train.batch import Batch, make_batch
+from rayloom.train.token_scores import TokenScores
 
 _COLUMNS = ("input_ids", "labels", "position_ids")
-_CHUNK = 1024
-"""Positions whose logits stand in float32 at a time."""
 
 
 def make_pair_batch(table: pa.Table, pad_token: int) -> Batch:
@@ -69,46 +65,17 @@ def sides_of(table: pa.Table) -> tuple[pa.Table, pa.Table]:
     return first, second
 
 
-def answer_sums(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    rows: torch.Tensor,
-    count: int,
-    weights: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The summed log-probability of each row's labels, (count,), in float32.
-
-    Never more than some thousand positions' logits are in float32 at a time, in the backward pass too.
+def answer_sums(said: TokenScores, batch: Batch, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """The summed log-probability of each row's labels, (rows,), in float32.
 
     Args:
-        logits: (kept, vocabulary) at the trained positions.
-        labels: (kept,); -100 counts nothing.
-        rows: (kept,) which row each position is of.
+        said: of the batch's labels; of -100 it counts nothing.
+        batch: as `make_batch` gives it.
         weights: (kept,) what each log-probability counts; None: 1.
     """
-    sums = torch.zeros(count, dtype=torch.float32, device=logits.device)
-    for start in range(0, len(labels), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        found = checkpoint(_log_probabilities, logits[part], labels[part], use_reentrant=False)
-        sums = sums.index_add(0, rows[part], found if weights is None else weights[part] * found)
-    return sums
-
-
-def log_probability_sums(called: Any, inputs: Batch, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """The same, of a batch by a model whose output layer sees the batch's `positions` only (`TrainedPositions`).
-
-    Args:
-        called: the model.
-        inputs: as `make_batch` gives it.
-    """
-    given = {name: tensor for name, tensor in inputs.items() if name in ("input_ids", "position_ids")}
-    rows, length = inputs["input_ids"].shape
-    logits = called(**given, use_cache=False).logits[0]
-    return answer_sums(logits, inputs["labels"][0], inputs["positions"] // length, rows, weights)
-
-
-def _log_probabilities(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return -torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+    rows, length = batch["input_ids"].shape
+    counted = said.log_probs if weights is None else weights * said.log_probs
+    return counted.new_zeros(rows).index_add(0, batch["positions"] // length, counted)
 
 
 def pairs_of(policy: torch.Tensor, reference: torch.Tensor | None, labels: torch.Tensor, rows: torch.Tensor) -> Pairs:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -103,12 +102,6 @@ def make_answer_batch(answers: Sequence[Answer], pad_token: int, *, packed: bool
         "last": torch.tensor(starts) + torch.tensor(lengths) - 1,
     }
     return {**batch, "position_ids": position_ids} if packed else batch
-
-
-def model_inputs(batch: Batch) -> dict[str, Any]:
-    """What a model is called with."""
-    names = ("input_ids", "position_ids") if "position_ids" in batch else ("input_ids",)
-    return {"use_cache": False} | {name: batch[name] for name in names}
 
 
 def spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from rayloom.losses.policy import (
 from rayloom.stages.ppo_config import AdvantageName, PpoConfig
 from rayloom.train.collective import over_ranks
 from rayloom.train.experience import Experience
+from rayloom.train.token_scores import TokenScores
 
 _MEAN_OVER: dict[AdvantageName, Literal["tokens", "answers", "most tokens"]] = {
     "gae": "tokens",
@@ -25,15 +26,6 @@ _MEAN_OVER: dict[AdvantageName, Literal["tokens", "answers", "most tokens"]] = {
     "grpo": "answers",
     "dr_grpo": "most tokens",
 }
-
-
-@dataclass(frozen=True)
-class TokenScores:
-    """What a model says of the tokens of a batch's answers, (kept,) each."""
-
-    log_probs: torch.Tensor
-    entropies: torch.Tensor
-    values: torch.Tensor | None
 
 
 @dataclass(frozen=True)

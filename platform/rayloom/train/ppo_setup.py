@@ -22,7 +22,7 @@ from rayloom.stages.ppo_config import PpoConfig
 from rayloom.train.batch import TrainedPositions
 from rayloom.train.policy_sync import PolicySync
 from rayloom.train.ppo_rounds import RankFleet
-from rayloom.train.reward_models import AdapterRewardModel, OutputStates, OwnRewardModel, RewardModel
+from rayloom.train.reward_models import AdapterRewardModel, OwnRewardModel, RewardModel
 
 RewardModels = Callable[[TrainedPositions], dict[str, RewardModel]]
 """The models that give rewards, by the names of these, once the policy's positions can be chosen."""
@@ -77,11 +77,8 @@ def _reward_models(
     job: JobConfig, policy: Any, dtype: torch.dtype, positions: TrainedPositions
 ) -> dict[str, RewardModel]:
     models: dict[str, RewardModel] = {}
-    adapters = _named(job, AdapterReward)
-    states = OutputStates(policy) if adapters else None
-    for name, source in adapters.items():
-        assert states is not None  # there are adapters
-        models[name] = AdapterRewardModel(policy, _adapter_name(name), positions, states, Path(source.path))
+    for name, source in _named(job, AdapterReward).items():
+        models[name] = AdapterRewardModel(policy, _adapter_name(name), positions, Path(source.path))
     for name, source in _named(job, ModelReward).items():
         judge = load_causal_lm(ModelConfig(path=source.path), dtype)
         models[name] = OwnRewardModel(judge, TrainedPositions(judge), Path(source.path))

@@ -31,17 +31,17 @@ from rayloom.train.batch import Batch
 from rayloom.train.collective import of_all_ranks, over_ranks
 from rayloom.train.experience import Experience, Scored, make_experience, round_measures
 from rayloom.train.head_file import HeadTrainer
+from rayloom.train.head_scores import Entropy
 from rayloom.train.means import Means
 from rayloom.train.meter import StreamMeter
 from rayloom.train.monitor import answer
 from rayloom.train.policy_sync import PolicySync
-from rayloom.train.ppo_answers import Answer, lengths_of, make_answer_batch, mask_of, model_inputs, row_length, spread
-from rayloom.train.ppo_loss import TokenScores, Totals, step_loss
+from rayloom.train.ppo_answers import Answer, lengths_of, make_answer_batch, mask_of, row_length, spread
+from rayloom.train.ppo_loss import Totals, step_loss
 from rayloom.train.ppo_rounds import RankFleet, Round, RoundEnd, RoundReader, asked_of
 from rayloom.train.ppo_setup import RewardModels
 from rayloom.train.ppo_state import PpoState, rank_part, whole_round
 from rayloom.train.schedule import learning_rate_factor
-from rayloom.train.token_scores import token_scores
 
 
 class PpoTrainer(HeadTrainer):
@@ -166,17 +166,6 @@ class PpoTrainer(HeadTrainer):
 
     # --- the model ----------------------------------------------------------------------------------------------------
 
-    def _tokens(self, model: Any, batch: Batch, *, entropy: bool = False) -> TokenScores:
-        """What a model says of a batch's answers; the critic's values too, where there is one and it is asked."""
-        output = model(**model_inputs(batch))
-        logits, labels = output.logits[0], batch["labels"][0]
-        log_probs, entropies = token_scores(logits, labels, self._rollout.temperature, entropy=entropy)
-        return TokenScores(log_probs, entropies, output["state_values"][0] if "state_values" in output else None)
-
-    def _policy(self, model: Any, batch: Batch, *, entropy: bool = False) -> TokenScores:
-        self._trained_positions.choose(batch["positions"])
-        return self._tokens(model, batch, entropy=entropy)
-
     def _serve(self) -> None:
         """Let the engines serve the weights as they are now, if they do not yet."""
         with self._clock.part("sync"):
@@ -262,15 +251,14 @@ class PpoTrainer(HeadTrainer):
 
     def _score(self, answers: Sequence[Answer]) -> Scored:
         """What policy, reference and critic say of each token, before the first step of the round."""
-        mask = mask_of(answers)
+        mask, temperature = mask_of(answers), self._rollout.temperature
         tables: dict[str, torch.Tensor] = {}
         with self._scoring():
             for numbers, batch in self._by_length(answers):
-                said = self._policy(self.model_wrapped, batch)
+                said = self._scorer(self.model_wrapped, batch, temperature=temperature)
                 found = {"log_probs": said.log_probs, "values": said.values}
                 if self._stage.has_reference:
-                    with self._reference(batch["positions"]) as before:
-                        found["reference"] = self._tokens(before, batch).log_probs
+                    found["reference"] = self._said_before(batch, temperature).log_probs
                 for name, values in found.items():
                     if values is not None and numbers:
                         table = tables.setdefault(name, torch.zeros(mask.shape))
@@ -301,7 +289,8 @@ class PpoTrainer(HeadTrainer):
     def _loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
         """This batch's share of the mean over the step's tokens or answers, times the ranks, whose gradients are
         averaged."""
-        said = self._policy(model, inputs, entropy=True)
+        entropy: Entropy = "trained" if self._stage.entropy else "measured"
+        said = self._scorer(model, inputs, temperature=self._rollout.temperature, entropy=entropy)
         known = inputs["known"]
         if not len(known["advantages"]):  # one row of padding that stands for no answer
             return (said.log_probs.sum() + (said.values.sum() if said.values is not None else 0.0)) * 0.0

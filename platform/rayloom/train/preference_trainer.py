@@ -19,7 +19,7 @@ from rayloom.losses.preference import LOSSES
 from rayloom.stages.config import DpoConfig
 from rayloom.train.batch import Batch
 from rayloom.train.example_trainer import ExampleTrainer, Scores, as_input
-from rayloom.train.pairs import log_probability_sums, make_pair_batch, pairs_of, second_starts
+from rayloom.train.pairs import answer_sums, make_pair_batch, pairs_of, second_starts
 
 _REWARDS_FILE = "rewards.json"
 
@@ -84,8 +84,7 @@ class PreferenceTrainer(ExampleTrainer):
         alpha = self._stage.ld_alpha
         weights = None if alpha is None or is_empty else tail_weights(rows, labels, shape[0], alpha)
         reference = self._reference_sums(inputs, weights) if self._stage.has_reference else None
-        self._trained_positions.choose(positions)
-        policy = log_probability_sums(model, inputs, weights)
+        policy = answer_sums(self._scorer(model, inputs), inputs, weights)
         return policy * 0.0 if is_empty else pairs_of(policy, reference, labels, rows)
 
     # --- the mean of all rewards before, which bco_pair subtracts --------------------------------------------------

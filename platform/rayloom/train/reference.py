@@ -31,7 +31,8 @@ from rayloom.losses.pairs import tail_weights
 from rayloom.methods.prompts import virtual_tokens
 from rayloom.train.batch import TrainedPositions, make_batch
 from rayloom.train.collective import of_all_ranks
-from rayloom.train.pairs import first_sequences, log_probability_sums, second_starts, sides_of
+from rayloom.train.pairs import answer_sums, first_sequences, second_starts, sides_of
+from rayloom.train.token_scores import TokenScorer
 
 _ROUND_ROWS = 1024
 """Rows of each worker between two times that the workers tell each other what they found."""
@@ -54,7 +55,7 @@ class Scorer:
     @cached_property
     def _model(self) -> Any:
         model = self.load().requires_grad_(False).eval()
-        self._positions = TrainedPositions(model, skip=virtual_tokens(model))
+        self._scorer = TokenScorer(model, TrainedPositions(model, skip=virtual_tokens(model)))
         if self.zero3 is None:
             return model.to(self.device)
         import deepspeed
@@ -76,12 +77,11 @@ class Scorer:
             rows = inputs["positions"] // inputs["input_ids"].shape[1]
             weights = tail_weights(rows, inputs["labels"][0], first.num_rows + second.num_rows, self.ld_alpha)
         model = self._model
-        self._positions.choose(inputs["positions"])
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             if self.autocast is not None:
                 stack.enter_context(torch.autocast(self.device.type, self.autocast))
-            found = log_probability_sums(model, inputs, weights).float().cpu().numpy()
+            found = answer_sums(self._scorer(model, inputs), inputs, weights).cpu().numpy()
         sums = np.full((table.num_rows, 2), np.nan, dtype=np.float32)
         sums[:, 0] = found[: table.num_rows]
         has_second = np.array(second_starts(table), dtype=bool)
@@ -94,7 +94,7 @@ class Scorer:
         if self.zero3 is not None and model is not None:
             model.destroy()
         del model
-        self.__dict__.pop("_positions", None)
+        self.__dict__.pop("_scorer", None)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
