@@ -94,7 +94,7 @@ def test_in_16_bits_logits_are_rounded_as_the_layer_rounds_them(
     labels = torch.randint(0, 200, (80,))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected = logit_scores(head(hidden), labels, entropy="measured")
-        found = head_scores(head, hidden, labels, entropy="measured")
+        found = head_scores(head, hidden.bfloat16(), labels, entropy="measured")
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == torch.float32
         # The product adds up in another order where it has other parts, and a few logits fall to the other side.
@@ -110,7 +110,8 @@ def model_with_critic() -> Any:
     return model
 
 
-def test_what_a_model_says_with_and_without_logits() -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_a_model_says_with_and_without_logits(autocast: bool) -> None:
     """A trained output layer is asked for its logits, a frozen one is not; both say the same, the critic too, and the
     adapter gets the same gradient."""
     ids = torch.arange(24).reshape(2, 12)
@@ -123,7 +124,8 @@ def test_what_a_model_says_with_and_without_logits() -> None:
         model.get_output_embeddings().weight.requires_grad_(not frozen)
         shapes: list[torch.Size] = []
         model.get_output_embeddings().register_forward_hook(lambda *given, to=shapes: to.append(given[2].shape))
-        said = scorer(model, batch, temperature=0.8, entropy="measured")
+        within = torch.autocast("cpu", torch.bfloat16, enabled=autocast)  # as accelerate does: the forward pass only
+        said = scorer(within(model), batch, temperature=0.8, entropy="measured")
         assert shapes == [(1, 7, 0 if frozen else model.config.vocab_size)]
         assert said.values is not None
         (said.log_probs.sum() + said.values.sum()).backward()
@@ -132,7 +134,10 @@ def test_what_a_model_says_with_and_without_logits() -> None:
     (without, gradients), (with_logits, more_gradients) = found
     for name in ("log_probs", "entropies", "values"):
         torch.testing.assert_close(getattr(without, name), getattr(with_logits, name), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gradients, more_gradients, rtol=1e-4, atol=1e-6)
+    for one, other in zip(gradients, more_gradients, strict=True):
+        assert one is not None
+        assert other is not None
+        assert (one - other).norm() <= (0.02 if autocast else 1e-5) * other.norm()
 
 
 def test_a_place_without_a_label_gives_nothing() -> None:

@@ -35,16 +35,13 @@ def head_scores(
     there.
 
     Args:
-        head: the output layer. Nothing of it gets a gradient.
+        head: the output layer, taken in the type of `hidden`. Nothing of it gets a gradient.
         hidden: (kept, size).
         labels: (kept,)
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     scores: Any = _Scores.apply
-    with torch.autocast(device, enabled=False):
-        bias = None if head.bias is None else head.bias.to(dtype)
-        log_probs, entropies = scores(hidden, head.weight.to(dtype), bias, labels, temperature, entropy)
+    with torch.autocast(hidden.device.type, enabled=False):
+        log_probs, entropies = scores(hidden, head.weight, head.bias, labels, temperature, entropy)
     return log_probs, entropies
 
 
@@ -63,7 +60,7 @@ class _Scores(torch.autograd.Function):
         slopes = []
         for start in range(0, len(labels), _ROWS):
             part = slice(start, start + _ROWS)
-            rows = _Rows(hidden[part].to(weight.dtype), labels[part], temperature, entropy, ctx.needs_input_grad[0])
+            rows = _Rows(hidden[part], labels[part], temperature, entropy, ctx.needs_input_grad[0])
             rows.go_through(weight, bias)
             log_probs[part], entropies[part] = rows.scores()
             if ctx.needs_input_grad[0]:
@@ -105,7 +102,7 @@ class _Rows:
         size = max(1, _TILE // weight.shape[1])
         hidden = self._hidden.float() if self._wide else self._hidden
         for start in range(0, len(weight), size):
-            tile = weight[start : start + size].to(hidden.dtype)
+            tile = weight[start : start + size].to(self._hidden.dtype).to(hidden.dtype)
             logits = hidden @ tile.T
             if bias is not None:
                 logits += bias[start : start + size]

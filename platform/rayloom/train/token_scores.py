@@ -56,9 +56,13 @@ class TokenScorer:
             temperature: logits are divided by it.
         """
         hidden: list[torch.Tensor] = []
+
+        def take(states: torch.Tensor) -> None:  # within the forward pass, and so within its autocast
+            device = states.device.type
+            hidden.append(states.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else states)
+
         head = self._head if self._head is not None and is_frozen(self._head) else None
-        take = hidden.append if head is not None else None
-        self._positions.choose(batch["positions"], adapted=adapted, take=take)
+        self._positions.choose(batch["positions"], adapted=adapted, take=take if head is not None else None)
         output = called(**model_inputs(batch))
         labels = batch["labels"][0]
         if head is None:
