@@ -23,6 +23,8 @@ def _model(name="Llama", **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loss_and_gradients(loss, dtype, monkeypatch):
     monkeypatch.setattr(module, "_CHUNK", 5)
+    monkeypatch.setattr("rayloom.train.head_scores._ROWS", 5)
+    monkeypatch.setattr("rayloom.train.head_scores._TILE", 500)
     whole = _model().to(dtype)
     chunked = copy.deepcopy(whole)
     ids = torch.arange(24).reshape(2, 12)

@@ -3,7 +3,8 @@
 Of a small model the logits are the largest tensor, and there are several of them: in 16 bits, in float32, their
 softmax, its gradient. Where the output layer is not trained, what a position's loss does to its hidden state can be
 computed with the loss itself, so that the logits of some positions are gone before the next are made (as Liger does
-on GPUs, https://arxiv.org/abs/2410.10989). No product is computed twice.
+on GPUs, https://arxiv.org/abs/2410.10989). No product is computed twice. Plain cross-entropy asks for log-probabilities
+only, and has them without any logits (`rayloom.train.head_scores`).
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import Any, cast
 
 import torch
 
-from rayloom.losses.token import TokenLoss
+from rayloom.losses.token import TokenLoss, cross_entropy
 from rayloom.models.wide_products import FrozenLinear
+from rayloom.train.head_scores import as_computed, head_scores
 
 _CHUNK = 256
 """Positions whose logits stand at a time."""
@@ -49,7 +51,7 @@ def is_frozen(head: torch.nn.Module) -> bool:
 class FrozenHeadLoss:
     """A `compute_loss_func` for transformers' Trainer, as `rayloom.stages.step_loss` is one; `take` comes before."""
 
-    def __init__(self, head: torch.nn.Module, loss: TokenLoss) -> None:
+    def __init__(self, head: torch.nn.Linear, loss: TokenLoss) -> None:
         self._head, self._loss = head, loss
         self._hidden: torch.Tensor | None = None
         self._autocast: dict[str, Any] = {}
@@ -78,6 +80,8 @@ class FrozenHeadLoss:
         Args:
             threads: that do so at a time: each has a share of the positions whose logits stand.
         """
+        if self._loss is cross_entropy:
+            return -head_scores(self._head, as_computed(hidden), labels)[0].sum()
         summed: Any = _Summed.apply
         total: torch.Tensor = summed(hidden, labels, self._sum, max(1, _CHUNK // threads))
         return total

@@ -32,7 +32,7 @@ def head_scores(
     entropy: Entropy = "none",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `rayloom.train.token_scores.logit_scores` says of the layer's logits, which are rounded here as they are
-    there.
+    there; in float64 where `hidden` is.
 
     Args:
         head: the output layer, taken in the type of `hidden`. Nothing of it gets a gradient.
@@ -43,6 +43,17 @@ def head_scores(
     with torch.autocast(hidden.device.type, enabled=False):
         log_probs, entropies = scores(hidden, head.weight, head.bias, labels, temperature, entropy)
     return log_probs, entropies
+
+
+def _wide(hidden: torch.Tensor) -> torch.dtype:
+    """What sums are in."""
+    return torch.promote_types(hidden.dtype, torch.float32)
+
+
+def as_computed(states: torch.Tensor) -> torch.Tensor:
+    """Hidden states as the output layer takes them: in autocast's type, within it."""
+    device = states.device.type
+    return states.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else states
 
 
 class _Scores(torch.autograd.Function):
@@ -56,7 +67,7 @@ class _Scores(torch.autograd.Function):
         temperature: float,
         entropy: Entropy,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        log_probs, entropies = (hidden.new_zeros(len(labels), dtype=torch.float32) for _ in range(2))
+        log_probs, entropies = (hidden.new_zeros(len(labels), dtype=_wide(hidden)) for _ in range(2))
         slopes = []
         for start in range(0, len(labels), _ROWS):
             part = slice(start, start + _ROWS)
@@ -90,23 +101,23 @@ class _Rows:
     ) -> None:
         self._hidden, self._labels, self._temperature = hidden, labels, temperature
         self._entropy = entropy
-        self._wide = hidden.dtype == torch.float32 or is_wide(hidden)
-        column = hidden.new_zeros(len(hidden), 1, dtype=torch.float32)
+        self._type = _wide(hidden)
+        column = hidden.new_zeros(len(hidden), 1, dtype=self._type)
         self._most, self._said = column - torch.inf, column.clone()
         self._exp, self._exp_l = column.clone(), column.clone()
         rows = 0 if not slopes else 2 if entropy == "trained" else 1
-        self._exp_w = hidden.new_zeros(rows, *hidden.shape, dtype=torch.float32)
+        self._exp_w = hidden.new_zeros(rows, *hidden.shape, dtype=self._type)
 
     def go_through(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Add every part of the vocabulary."""
         size = max(1, _TILE // weight.shape[1])
-        hidden = self._hidden.float() if self._wide else self._hidden
+        hidden = self._hidden.to(self._type) if is_wide(self._hidden) else self._hidden
         for start in range(0, len(weight), size):
             tile = weight[start : start + size].to(self._hidden.dtype).to(hidden.dtype)
             logits = hidden @ tile.T
             if bias is not None:
                 logits += bias[start : start + size]
-            logits = logits.to(self._hidden.dtype).float()
+            logits = logits.to(self._hidden.dtype).to(self._type)
             self._add(logits if self._temperature == 1 else logits.div_(self._temperature), tile, start)
 
     def _add(self, logits: torch.Tensor, tile: torch.Tensor, start: int) -> None:
@@ -146,7 +157,7 @@ class _Rows:
         """How a row's log-probability rises with its hidden state, (1, rows, size); behind it the same of its entropy,
         where that is trained."""
         mean = self._exp_w[0] / self._exp
-        slopes = [weight[self._labels.clamp(min=0)].float() - mean]
+        slopes = [weight[self._labels.clamp(min=0)].to(self._type) - mean]
         if len(self._exp_w) > 1:
             slopes.append((self._exp_l * mean - self._exp_w[1]) / self._exp)
         return torch.stack(slopes) * ((self._labels >= 0).unsqueeze(-1) / self._temperature)

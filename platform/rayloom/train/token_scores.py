@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rayloom.train.batch import Batch, TrainedPositions, model_inputs
 from rayloom.train.frozen_head import frozen_head, is_frozen
-from rayloom.train.head_scores import Entropy, head_scores
+from rayloom.train.head_scores import Entropy, as_computed, head_scores
 
 _CHUNK = 1024
 """Positions whose logits stand in float32 at a time."""
@@ -58,8 +58,7 @@ class TokenScorer:
         hidden: list[torch.Tensor] = []
 
         def take(states: torch.Tensor) -> None:  # within the forward pass, and so within its autocast
-            device = states.device.type
-            hidden.append(states.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else states)
+            hidden.append(as_computed(states))
 
         head = self._head if self._head is not None and is_frozen(self._head) else None
         self._positions.choose(batch["positions"], adapted=adapted, take=take if head is not None else None)
