@@ -20,7 +20,9 @@ Entropy = Literal["none", "measured", "trained"]
 _ROWS = 1024
 """Positions at a time."""
 _TILE = 2**19
-"""Numbers of the output layer's weight at a time."""
+"""Numbers of the output layer's weight at a time on CPU: they and their logits stay in the cache."""
+_TOKENS = 2**15
+"""Tokens of the vocabulary at a time elsewhere, where many small operations take longer than a few large ones."""
 
 
 def head_scores(
@@ -110,7 +112,7 @@ class _Rows:
 
     def go_through(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Add every part of the vocabulary."""
-        size = max(1, _TILE // weight.shape[1])
+        size = max(1, _TILE // weight.shape[1]) if weight.device.type == "cpu" else _TOKENS
         hidden = self._hidden.to(self._type) if is_wide(self._hidden) else self._hidden
         for start in range(0, len(weight), size):
             tile = weight[start : start + size].to(self._hidden.dtype).to(hidden.dtype)
@@ -121,9 +123,9 @@ class _Rows:
             self._add(logits if self._temperature == 1 else logits.div_(self._temperature), tile, start)
 
     def _add(self, logits: torch.Tensor, tile: torch.Tensor, start: int) -> None:
-        here = self._labels - start
-        found = ((here >= 0) & (here < len(tile))).nonzero().squeeze(-1)
-        self._said[found, 0] = logits[found, here[found]]
+        here = (self._labels - start).unsqueeze(-1)
+        is_here = (here >= 0) & (here < len(tile))
+        self._said += logits.gather(1, here.clamp(0, len(tile) - 1)) * is_here
         most = torch.maximum(self._most, logits.amax(1, keepdim=True))
         if start:  # what was added before was counted from a logit that is smaller by `rise`
             rise = most - self._most
