@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.engine import reference
 from tests.engine.reference import (
     PROBE,
@@ -97,6 +98,35 @@ def test_the_same_seeds_give_the_same_answers_whoever_is_asked_beside(tiny_model
     assert len({r.token_ids for r in together}) > 6  # the samples of a prompt differ
     other = [replace(prompt, seed=prompt.seed + 100) for prompt in prompts(6, samples=2)]
     assert [r.token_ids for r in _answers(engine, other, DRAWN)] != [r.token_ids for r in together]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(1), Sampling(1, temperature=0.5), Sampling(1, top_k=7), Sampling(1, temperature=1.3, top_p=0.6)],
+    ids=["all", "temperature", "top_k", "top_p"],
+)
+def test_tokens_are_drawn_as_often_as_the_model_says(tiny_model: Path, engine: VllmEngine, sampling: Sampling) -> None:
+    """Pearson's chi-squared test, its bound five standard deviations above the mean."""
+    model, draws = adapted(tiny_model, 1), 4000
+    _send(engine, model, 1)
+    (prompt,) = prompts(1, samples=draws)
+    found = torch.tensor([answer.token_ids[0] for answer in _answers(engine, [prompt], sampling)])
+    log_probs = (reference.next_log_probs(model, prompt.token_ids) / sampling.temperature).log_softmax(-1)
+    probabilities, order = log_probs.exp().sort(descending=True)
+    before = probabilities.cumsum(0) - probabilities
+    probabilities[sampling.top_k or len(order) :] = 0
+    probabilities[before >= sampling.top_p] = 0
+    expected = draws * probabilities / probabilities.sum()
+    counts = found.bincount(minlength=len(order))[order].double()
+    assert not counts[expected == 0].any()
+    often = expected >= 5
+    pairs = [(counts[often], expected[often])]
+    if expected[~often].sum() >= 5:
+        pairs.append((counts[~often].sum()[None], expected[~often].sum()[None]))
+    statistic = sum(float(((count - mean) ** 2 / mean).sum()) for count, mean in pairs)
+    freedom = sum(len(count) for count, _ in pairs) - 1
+    assert freedom >= 5
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
 
 
 def test_each_version_that_is_sent_is_the_one_served(tiny_model: Path, engine: VllmEngine) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from rayloom.rollout import one_adapter
+from rayloom.rollout import one_adapter, vllm_cpu
 
 lora_ops = pytest.importorskip("vllm.lora.ops.torch_ops.lora_ops")
 TOKENS, RANK, IN, WIDTHS = 40, 8, 96, (64, 32, 32)
@@ -56,7 +56,7 @@ def test_the_next_adapter_is_written_where_the_products_read() -> None:
 def test_an_output_layers_adapter() -> None:
     x, a, b = parts(torch.float32)
     calls: list[Any] = []
-    chosen = one_adapter._logits_or_theirs(lambda *given, **options: calls.append(given))
+    chosen = vllm_cpu._logits_or_theirs(lambda *given, **options: calls.append(given))
     one, y = SimpleNamespace(no_lora=False), torch.randn(TOKENS, WIDTHS[0])
     expected, indices, between = y.clone(), torch.zeros(TOKENS, dtype=torch.long), torch.zeros(TOKENS, RANK)
     lora_ops.bgmv_shrink(x, a[0], between, indices, 1.0)
@@ -78,7 +78,7 @@ def test_an_output_layers_adapter() -> None:
 def test_what_is_left_to_vllm() -> None:
     x, a, b = parts(torch.float32)
     y, calls = torch.zeros(TOKENS, sum(WIDTHS)), []
-    chosen = one_adapter._linear_or_theirs(lambda *given, **options: calls.append(len(given[3])))
+    chosen = vllm_cpu._linear_or_theirs(lambda *given, **options: calls.append(len(given[3])))
     one = SimpleNamespace(is_prefill=True, no_lora=False)
     chosen(one, y, x, a, b, 1.0, WIDTHS)
     assert not calls
@@ -96,7 +96,7 @@ def test_what_is_left_to_vllm() -> None:
 def test_a_batch_of_the_base_stays_as_it_is() -> None:
     x, a, b = parts(torch.float32)
     y, calls = torch.zeros(TOKENS, sum(WIDTHS)), []
-    chosen = one_adapter._linear_or_theirs(lambda *given, **options: calls.append(given))
+    chosen = vllm_cpu._linear_or_theirs(lambda *given, **options: calls.append(given))
     chosen(SimpleNamespace(is_prefill=True, no_lora=True), y, x, a, b, 1.0, WIDTHS)
     assert not calls
     assert not y.any()

@@ -1,70 +1,19 @@
-"""vLLM's LoRA on CPU, for engines that hold one adapter.
+"""The product of one adapter's factors, for engines that hold one.
 
-vLLM 0.32 copies both factors of the adapter for every token of a batch, in float32: with some thousand tokens that is
-gigabytes a layer, and most of an answer's time. Where there is room for one adapter only, all tokens have the same
+vLLM 0.32 on CPU copies both factors of the adapter for every token of a batch, in float32: with some thousand tokens that
+is gigabytes a layer, and most of an answer's time. Where there is room for one adapter only, all tokens have the same
 factors, and two plain products do. At a few tokens a product's start is most of its time; so layers that are computed
-together have their factors in one pair, and an output layer without an adapter has no products at all.
+together have their factors in one pair.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 Factors = tuple[torch.Tensor, ...]
-
-
-def use_one_adapter() -> None:
-    """Put products in the place of vLLM's copies, in this process. Where an engine has room for several adapters,
-    vLLM's own functions still run."""
-    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
-
-    for name, ours in (("add_lora_linear", _linear_or_theirs), ("add_lora_logits", _logits_or_theirs)):
-        theirs = getattr(PunicaWrapperCPU, name)
-        if not getattr(theirs, "is_ours", False):
-            setattr(PunicaWrapperCPU, name, ours(theirs))
-
-
-def _linear_or_theirs(theirs: Callable[..., None]) -> Callable[..., None]:
-    def add_lora_linear(
-        wrapper: Any,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        lora_a_stacked: Factors,
-        lora_b_stacked: Factors,
-        scale: float,
-        output_slices: tuple[int, ...],
-        **options: Any,
-    ) -> None:
-        if len(lora_a_stacked[0]) > 1 or scale != 1 or options or not wrapper.is_prefill:
-            theirs(wrapper, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **options)
-        elif not wrapper.no_lora:  # the batch is of the base model itself
-            add_products(y, x, lora_a_stacked, lora_b_stacked)
-
-    add_lora_linear.is_ours = True  # type: ignore[attr-defined]
-    return add_lora_linear
-
-
-def _logits_or_theirs(theirs: Callable[..., None]) -> Callable[..., None]:
-    def add_lora_logits(
-        wrapper: Any,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        lora_a_stacked: torch.Tensor,
-        lora_b_stacked: torch.Tensor,
-        scale: float,
-        **options: Any,
-    ) -> None:
-        if len(lora_a_stacked) > 1 or scale != 1 or options:
-            theirs(wrapper, y, x, lora_a_stacked, lora_b_stacked, scale, **options)
-        elif not wrapper.no_lora and lora_a_stacked.any():
-            add_products(y, x, (lora_a_stacked,), (lora_b_stacked,))
-
-    add_lora_logits.is_ours = True  # type: ignore[attr-defined]
-    return add_lora_logits
 
 
 def add_products(y: torch.Tensor, x: torch.Tensor, lora_a: Factors, lora_b: Factors) -> None:

@@ -1,4 +1,4 @@
-"""vLLM behind one class: the only file that knows its Python API, and the version that it was written for."""
+"""vLLM behind one class: the file that knows its Python API, and the version that it was written for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from rayloom.errors import JobError, RequestError, first_line
 from rayloom.models.source import model_folder
 from rayloom.rollout.adapter_folders import AdapterFolders, adapter_rank_limit, pack, stored_tensors
 from rayloom.rollout.digest import Compared, Digest, digest_of, equal_tensors
-from rayloom.rollout.one_adapter import use_one_adapter
 from rayloom.rollout.request import (
     BLOCK,
     PROBE_CHOICES,
@@ -23,6 +22,7 @@ from rayloom.rollout.request import (
     Served,
     Weights,
 )
+from rayloom.rollout.vllm_cpu import use_cpu_functions
 
 VERSION = "0.32"
 """The vLLM that this file was written for: its calls for weights change between minor versions."""
@@ -82,7 +82,7 @@ class VllmEngine:
             rank = adapter_rank_limit(options.adapter_rank)
             arguments |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1}
         if options.device == "cpu":
-            use_one_adapter()
+            use_cpu_functions()
             arguments |= {"kv_cache_memory_bytes": int(options.kv_cache_gib * 2**30), "block_size": BLOCK}
         else:
             arguments["gpu_memory_utilization"] = options.gpu_memory
