@@ -129,6 +129,14 @@ def test_tokens_are_drawn_as_often_as_the_model_says(tiny_model: Path, engine: V
     assert statistic < freedom + 5 * (2 * freedom) ** 0.5
 
 
+def test_the_compiled_norms_are_taken(engine: VllmEngine) -> None:
+    from vllm import ir
+
+    x = torch.ones(2, 8)
+    for operation, given in ((ir.ops.rms_norm, (x,)), (ir.ops.fused_add_rms_norm, (x, x))):
+        assert operation.dispatch(*given, torch.ones(8), 1e-5).provider == "vllm_c_cpu"
+
+
 def test_each_version_that_is_sent_is_the_one_served(tiny_model: Path, engine: VllmEngine) -> None:
     folders = []
     for version in (1, 2, 3):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayloom.config.job import JobConfig
-from rayloom.errors import RequestError
+from rayloom.errors import JobError, RequestError
 from rayloom.stages.rules import check_stage
 from rayloom.train.best import BestRule
 
@@ -41,6 +41,16 @@ def test_what_is_no_number_is_never_the_best():
     assert not rule.is_over(1000, 1)
 
 
+@pytest.mark.parametrize(
+    ("metric", "of_set"), [("eval_perplexity/a", "a"), ("eval_rewards/margin/a/b", "a/b"), ("eval_reward/b", "b")]
+)
+def test_a_set_of_which_nothing_was_evaluated_is_named(metric, of_set):
+    rule = BestRule(metric, None, 1)
+    assert rule.value({"eval_loss": 1.0, metric: 2.0}) == 2.0
+    with pytest.raises(JobError, match=f"the evaluation gave no {metric}: set {of_set} has no example"):
+        rule.value({"eval_loss": 1.0})
+
+
 def job(metric: str, stage: str = "sft", **data: object) -> JobConfig:
     data = {"train": ["x.jsonl", "y.jsonl"], "held_out": 0.1, **data}
     train = {"best_metric": metric, "eval_steps": 5}
@@ -51,7 +61,13 @@ def job(metric: str, stage: str = "sft", **data: object) -> JobConfig:
 
 @pytest.mark.parametrize(
     ("metric", "stage"),
-    [("eval_loss", "sft"), ("eval_accuracy/x", "sft"), ("eval_rewards/margin/y", "dpo"), ("eval_accuracy", "kto")],
+    [
+        ("eval_loss", "sft"),
+        ("eval_perplexity/x", "sft"),
+        ("eval_accuracy/x", "sft"),
+        ("eval_rewards/margin/y", "dpo"),
+        ("eval_accuracy", "kto"),
+    ],
 )
 def test_what_is_told(metric, stage):
     check_stage(job(metric, stage))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayloom.train.guard import GradientGuard, all_finite, bad_step
+from rayloom.train.guard import DroppedSteps, GradientGuard, all_finite, bad_step, gradient_guards
 
 
 @given(st.lists(st.floats(width=32), min_size=1, max_size=6), st.sampled_from([torch.float32, torch.bfloat16]))
@@ -30,6 +33,24 @@ def test_no_step_is_made(bad):
         assert torch.equal(weight, before) == (gradient != 1.0)  # nor does it decay
     assert met == [1]
     assert optimizer.state[other]["step"] == 1
+
+
+def test_what_looks_at_the_gradients():
+    engine, met = SimpleNamespace(skipped_steps=3), []
+
+    def guards(**arguments: Any) -> list[Any]:
+        given: Any = SimpleNamespace(**{"fp16": False, "deepspeed": None, **arguments})
+        return gradient_guards(given, lambda: engine, lambda: met.append(1))
+
+    assert guards(fp16=True) == guards(fp16=True, deepspeed={"zero_optimization": {"stage": 2}}) == []
+    assert [type(guard) for guard in guards()] == [GradientGuard]
+    (guard,) = guards(deepspeed={"zero_optimization": {"stage": 2}})
+    assert type(guard) is DroppedSteps
+    for dropped in (3, 4, 4):
+        guard.on_step_begin(None, None, None)
+        engine.skipped_steps = dropped
+        guard.on_optimizer_step(None, None, None)
+    assert met == [1]  # those of before a resume are not news
 
 
 def test_the_rows_are_named():

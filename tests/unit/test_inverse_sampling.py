@@ -113,7 +113,9 @@ def test_what_is_left_to_vllm() -> None:
     assert not calls
     assert int(tokens[0]) in {1, 2}
     assert int(tokens[1]) == 0
-    torch.testing.assert_close(log_probs, torch.tensor([[-torch.inf, -1.3132617, -0.3132617], [0.0] + [-torch.inf] * 2]))
+    torch.testing.assert_close(
+        log_probs, torch.tensor([[-torch.inf, -1.3132617, -0.3132617], [0.0] + [-torch.inf] * 2])
+    )
     draws(SimpleNamespace(use_fp64_gumbel=True, logprobs_mode="processed_logprobs"), logits, {}, "k", "p")
     draws(SimpleNamespace(use_fp64_gumbel=False, logprobs_mode="raw_logprobs"), logits, {}, "k", "p")
     assert len(calls) == 2

@@ -260,6 +260,7 @@ def test_nothing_to_resume(tmp_path):
         ),
         ({"data": {"train": ["x.jsonl", "y.jsonl"]}}, ["data.train differs"]),
         ({"train": {"seed": 1}}, ["train.seed is 1, but the run was made with 42; it must stay as it was"]),
+        ({"optimizer": {"type": "lion_32bit"}}, ["optimizer"]),
         ({"train": {"precision": "fp32"}}, ["train.precision is fp32, but the run was made with auto"]),
         ({"train": {"deepspeed": "zero2"}}, ["train.deepspeed is zero2, but the run was made with none"]),
         ({"train": {"batch_size": 8}}, ["train.batch_size is 8, but the run was made with 4"]),

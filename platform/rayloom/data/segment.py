@@ -36,6 +36,9 @@ from rayloom.data.rows import (
 from rayloom.data.store import read_stored
 from rayloom.errors import RequestError
 
+SIDE_COLUMN = "rayloom_side"
+"""Where a row fills this column, it alone tells the side, which stays when a part of the row is made anew."""
+
 
 class Encoder(Protocol):
     """What a stage gives the stream: how an example becomes tokens."""
@@ -167,7 +170,8 @@ def align(row: Row, data_set: DataSet, converters: str | None) -> Example:
 
 def side_of(columns: Row) -> float:
     """A number from 0 to 1 that depends on what the row says, so equal rows are always on the same side."""
-    text = json.dumps(columns, sort_keys=True, ensure_ascii=True, default=repr)
+    said = columns if columns.get(SIDE_COLUMN) is None else columns[SIDE_COLUMN]
+    text = json.dumps(said, sort_keys=True, ensure_ascii=True, default=repr)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2.0**64
 
 

@@ -1,9 +1,9 @@
 """The product of one adapter's factors, for engines that hold one.
 
-vLLM 0.32 on CPU copies both factors of the adapter for every token of a batch, in float32: with some thousand tokens that
-is gigabytes a layer, and most of an answer's time. Where there is room for one adapter only, all tokens have the same
-factors, and two plain products do. At a few tokens a product's start is most of its time; so layers that are computed
-together have their factors in one pair.
+vLLM 0.32 on CPU copies both factors of the adapter for every token of a batch, in float32: with some thousand tokens
+that is gigabytes a layer, and most of an answer's time. Where there is room for one adapter only, all tokens have the
+same factors, and two plain products do. At a few tokens a product's start is most of its time; so layers that are
+computed together have their factors in one pair.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Functions of vLLM's for CPU that others stand in for: products of one adapter, an output layer without one, draws.
+"""Functions of vLLM's for CPU that others stand in for: products of one adapter, draws, norms, gated layers.
 
 Beside `vllm_engine` the only file that knows vLLM, and its insides: `VERSION` there is the one that it was written for.
 Each of these gives what vLLM's own gives (a draw: with the same probabilities), and hands on to it whatever else it may
@@ -15,10 +15,19 @@ import torch
 from rayloom.rollout.inverse_sampling import draw_tokens, uniform_numbers
 from rayloom.rollout.one_adapter import Factors, add_products
 
+_KERNELS = "vllm_c_cpu"
+"""What vLLM is to call its own compiled norms by."""
 
-def use_cpu_functions() -> None:
-    """Put them in the place of vLLM's, in this process, once. Before a model is loaded."""
+
+def use_cpu_functions() -> dict[str, Any]:
+    """Put them in the place of vLLM's, in this process, once. Before a model is loaded.
+
+    Returns:
+        What an engine must be told to take the norms.
+    """
+    from vllm import ir
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+    from vllm.model_executor.layers.activation import SiluAndMul
     from vllm.v1.sample.ops import topk_topp_sampler
 
     def draws(theirs: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,10 +37,16 @@ def use_cpu_functions() -> None:
         (PunicaWrapperCPU, "add_lora_linear", _linear_or_theirs),
         (PunicaWrapperCPU, "add_lora_logits", _logits_or_theirs),
         (topk_topp_sampler.TopKTopPSampler, "forward_cpu", draws),
+        (SiluAndMul, "forward_cpu", _gated),
     ):
         theirs = getattr(owner, name)
         if not getattr(theirs, "is_ours", False):
             setattr(owner, name, ours(theirs))
+    for name, norm, fits in (("rms_norm", _norm, _norm_fits), ("fused_add_rms_norm", _norm_of_sum, _norm_of_sum_fits)):
+        operation = getattr(ir.ops, name)
+        if _KERNELS not in operation.impls:
+            operation.register_impl(_KERNELS, supports_args=fits, inplace=norm is _norm_of_sum)(norm)
+    return {"ir_op_priority": {"rms_norm": [_KERNELS, "native"], "fused_add_rms_norm": [_KERNELS, "native"]}}
 
 
 def _linear_or_theirs(theirs: Callable[..., None]) -> Callable[..., None]:
@@ -89,3 +104,50 @@ def _draws_or_theirs(theirs: Callable[..., Any], restrict: Callable[..., torch.T
 
     forward_cpu.is_ours = True  # type: ignore[attr-defined]
     return forward_cpu
+
+
+def _gated(_: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def forward_cpu(layer: Any, x: torch.Tensor) -> torch.Tensor:
+        return gated(x)
+
+    forward_cpu.is_ours = True  # type: ignore[attr-defined]
+    return forward_cpu
+
+
+def gated(x: torch.Tensor) -> torch.Tensor:
+    """(..., 2 width) -> (..., width): SiLU of the first half times the second (SwiGLU, arXiv 2002.05202), without a
+    third tensor."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.nn.functional.silu(first).mul_(second)
+
+
+# vLLM's package has compiled norms for CPU, which it takes in compiled models only; one does the work of eight of the
+# operations that it has for them otherwise. (Its compiled gated layer is slower than the plain one.)
+
+
+def _norm(
+    x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, variance_size: int | None = None
+) -> torch.Tensor:
+    out = torch.empty_like(x)
+    torch.ops._C.rms_norm(out, x, weight, epsilon)
+    return out
+
+
+def _norm_of_sum(
+    x: torch.Tensor,
+    x_residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    epsilon: float,
+    variance_size: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.ops._C.fused_add_rms_norm(x, x_residual, weight, epsilon)
+    return x, x_residual
+
+
+def _norm_fits(x: Any, weight: Any, epsilon: Any, variance_size: Any = None) -> bool:
+    """Whether the compiled norm takes it: contiguous, of one type, all of a row's numbers."""
+    return variance_size is None and weight is not None and weight.dtype == x.dtype and x.is_contiguous()
+
+
+def _norm_of_sum_fits(x: Any, x_residual: Any, weight: Any, epsilon: Any, variance_size: Any = None) -> bool:
+    return _norm_fits(x, weight, epsilon, variance_size) and x_residual.dtype == x.dtype and x_residual.is_contiguous()

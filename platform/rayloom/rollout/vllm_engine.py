@@ -82,7 +82,7 @@ class VllmEngine:
             rank = adapter_rank_limit(options.adapter_rank)
             arguments |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1}
         if options.device == "cpu":
-            use_cpu_functions()
+            arguments |= use_cpu_functions() if options.tensor_parallel == 1 else {}  # else vLLM has more processes
             arguments |= {"kv_cache_memory_bytes": int(options.kv_cache_gib * 2**30), "block_size": BLOCK}
         else:
             arguments["gpu_memory_utilization"] = options.gpu_memory

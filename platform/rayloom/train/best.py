@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rayloom.stages.config import SMALLER_IS_BETTER
+from rayloom.errors import JobError
+from rayloom.stages.config import CHOOSING, SMALLER_IS_BETTER
 from rayloom.train.config import TrainConfig
 
 
@@ -24,6 +26,17 @@ class BestRule:
         if not settings.best_metric or not settings.eval_steps:
             return None
         return cls(settings.best_metric, settings.early_stopping, settings.eval_steps)
+
+    def value(self, metrics: Mapping[str, float]) -> float:
+        """The metric's value in what an evaluation has found, which has nothing of a set of which nothing counted."""
+        for name in CHOOSING:
+            of_set = self.metric.removeprefix(f"eval_{name}/")
+            if of_set != self.metric and self.metric not in metrics:
+                raise JobError(
+                    f"train.best_metric: the evaluation gave no {self.metric}: set {of_set} has no example with a "
+                    f"trained token; give it others, or take eval_{name}, which is over all sets"
+                )
+        return metrics[self.metric]
 
     def score(self, value: float) -> float:
         """The value, or its negative: the larger the better."""

@@ -25,7 +25,7 @@ def evaluate(
     device: torch.device,
 ) -> dict[str, float]:
     """`eval_loss` (cross-entropy), `eval_perplexity`, `eval_accuracy` (share of the tokens that the model holds for the
-    likeliest), and of each set `eval_loss/<set>` and `eval_accuracy/<set>` where there are several.
+    likeliest); where there are several sets also `eval_loss/<set>` and so on, of each one that has a trained token.
 
     Args:
         tables: this rank's batches, one example a row; every rank has as many.
@@ -40,15 +40,19 @@ def evaluate(
     model.train(was_training)
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)
-    losses, hits, tokens = sums.cpu()
-    mean, accuracy = float(losses.sum() / tokens.sum()), float(hits.sum() / tokens.sum())
-    metrics = {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0)), "eval_accuracy": accuracy}
+    sums = sums.cpu()
+    metrics = _means(sums.sum(1))
     if len(names) > 1:
-        for i, name in enumerate(names):
-            if tokens[i]:
-                metrics[f"eval_loss/{name}"] = float(losses[i] / tokens[i])
-                metrics[f"eval_accuracy/{name}"] = float(hits[i] / tokens[i])
+        for of_set, name in zip(sums.T, names, strict=True):
+            if of_set[2]:
+                metrics |= {f"{metric}/{name}": mean for metric, mean in _means(of_set).items()}
     return metrics
+
+
+def _means(sums: torch.Tensor) -> dict[str, float]:
+    """What sums of losses, hits and tokens come to."""
+    loss, accuracy = (sums[:2] / sums[2]).tolist()
+    return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0)), "eval_accuracy": accuracy}
 
 
 def _add(

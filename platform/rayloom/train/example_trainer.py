@@ -129,7 +129,7 @@ class ExampleTrainer(StreamTrainer):
                 rows = torch.cat([scores.losses.unsqueeze(0), scores.measures.to(scores.losses)])
                 sets = torch.tensor([of_row[0] for of_row in table["sets"].to_pylist() if of_row], device=rows.device)
                 for number in sets.unique().tolist():
-                    sums[number] += _sums(rows[:, sets == number])
+                    sums[number] += _eval_sums(rows[:, sets == number])
         model.train(was_training)
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
@@ -153,7 +153,16 @@ def as_input(sums: np.ndarray) -> torch.Tensor:
 
 def _sums(measures: torch.Tensor) -> torch.Tensor:
     """(2, measures): sums over the examples that have a measure, and how many these are."""
-    return torch.stack([measures.nansum(dim=1), measures.isfinite().sum(dim=1)]).double()
+    return torch.stack([measures.nansum(dim=1), (~measures.isnan()).sum(dim=1)]).double()
+
+
+def _eval_sums(rows: torch.Tensor) -> torch.Tensor:
+    """`_sums` of losses, which every example has, and then measures. With a loss that is no number none of the means is
+    one: a measure that a spoilt model has not would be left out, and the rest could look like the best evaluation."""
+    sums = _sums(rows)
+    if rows[0].isnan().any():
+        sums[0], sums[1] = torch.nan, rows.shape[1]
+    return sums
 
 
 def _means(sums: torch.Tensor) -> torch.Tensor:

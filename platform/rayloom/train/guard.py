@@ -34,6 +34,43 @@ class GradientGuard(transformers.TrainerCallback):
         optimizer.zero_grad(set_to_none=True)  # without a gradient a weight is left as it is, its decay too
 
 
+class DroppedSteps(transformers.TrainerCallback):
+    """The same for DeepSpeed, which drops such a step by itself and goes on.
+
+    Args:
+        dropped: how many steps it has dropped.
+        on_bad: called where it has dropped one, on every rank.
+    """
+
+    def __init__(self, dropped: Callable[[], int], on_bad: Callable[[], None]) -> None:
+        self._dropped, self._on_bad = dropped, on_bad
+        self._before = 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._before = self._dropped()  # of a resumed run it is not 0
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._dropped() != self._before:
+            self._on_bad()
+
+
+def gradient_guards(
+    arguments: transformers.TrainingArguments, engine: Callable[[], Any], on_bad: Callable[[], None]
+) -> list[transformers.TrainerCallback]:
+    """What looks at the gradients of a training. Nothing in fp16: there gradients that are too large are what tells the
+    loss's scale to go down, and the step is dropped with it.
+
+    Args:
+        engine: the model as it is trained, DeepSpeed's where that is used.
+        on_bad: as of `GradientGuard`.
+    """
+    if arguments.fp16:
+        return []
+    if arguments.deepspeed:
+        return [DroppedSteps(lambda: int(engine().skipped_steps), on_bad)]
+    return [GradientGuard(on_bad)]
+
+
 def all_finite(tensors: list[torch.Tensor]) -> bool:
     """Whether every element of every tensor is a number. One that is not makes the norm nan or infinite."""
     norms = torch._foreach_norm(tensors, float("inf"))

@@ -100,7 +100,8 @@ class PreferenceTrainer(ExampleTrainer):
         now = self._now.to(self.args.device)
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(now)
-        self._before += now.cpu()
+        if now.isfinite().all():  # else the step was skipped, and its rewards would spoil the mean for good
+            self._before += now.cpu()
         self._now.zero_()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

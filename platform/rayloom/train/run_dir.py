@@ -339,7 +339,7 @@ def _check_resume(job: JobConfig, run: RunDir) -> None:
 
     before = read_job(run.path / "job.yaml")
     faults = []
-    for part in ("model", "method", "data", "stage"):
+    for part in ("model", "method", "data", "stage", "optimizer"):
         if changed := _changed_keys(getattr(before, part).model_dump(), getattr(job, part).model_dump(), part):
             differ = f"{', '.join(changed)} {'differs' if len(changed) == 1 else 'differ'}"
             faults.append(f"resume: {differ} from the run's own ({run.place / 'job.yaml'}); a run goes on as it began")

@@ -22,7 +22,7 @@ from rayloom.config.read import dump_job
 from rayloom.data.config import DatasetConfig
 from rayloom.data.example import Example
 from rayloom.data.index import make_plan
-from rayloom.data.segment import SegmentOptions, read_chunk
+from rayloom.data.segment import SIDE_COLUMN, SegmentOptions, read_chunk, side_of
 from rayloom.data.template import Renderer
 from rayloom.data.template_choice import resolve_template
 from rayloom.data.walk import count_chunk
@@ -34,7 +34,7 @@ from rayloom.rollout.fleet import start_fleet
 from rayloom.rollout.offline import Prediction, answers, cluster_gpus, engine_options, weights_of
 from rayloom.rollout.request import Prompt, Sampling, probe_prompt
 from rayloom.stages.config import DpoConfig, SpinConfig
-from rayloom.train.driver import run_job
+from rayloom.train.driver import check_parts, run_job
 from rayloom.train.ray_session import prepare_environment, ray_session
 from rayloom.train.run_dir import check_run_dir, find_run, rest_of
 
@@ -112,6 +112,11 @@ def check_self_play(job: JobConfig) -> None:
         faults.append("data.eval: stage spin makes its own pairs; say data.held_out")
     if faults:
         raise RequestError(*faults)
+    # The rounds are checked again when they begin; but then there are answers, and an old run is gone.
+    assert isinstance(job.stage, SpinConfig)
+    folder = job.run_dir / "rounds"
+    for number, adapter in enumerate((None, "the last round's")[: job.stage.rounds], 1):
+        check_parts(_round_job(job, folder, number, folder / f"answers-{number}.jsonl", adapter))
 
 
 def _learn(job: JobConfig, started: float, verbose: bool) -> dict[str, Any]:
@@ -203,4 +208,6 @@ def _pair(question: Example, chosen: str, rejected: str) -> dict[str, Any]:
     def answer(text: str) -> dict[str, str]:
         return {"role": "assistant", "content": text}
 
-    return {"messages": question.as_dicts(), "chosen": answer(chosen), "rejected": answer(rejected)}
+    # What is held out must stay so when the next round rejects another answer.
+    same = {"messages": question.as_dicts(), "chosen": answer(chosen)}
+    return {**same, "rejected": answer(rejected), SIDE_COLUMN: side_of(same)}

@@ -37,7 +37,7 @@ from rayloom.train.clock import RowClock, StepClock
 from rayloom.train.config import TrainConfig
 from rayloom.train.evaluate import evaluate
 from rayloom.train.frozen_head import FrozenHeadLoss
-from rayloom.train.guard import GradientGuard, bad_step
+from rayloom.train.guard import bad_step, gradient_guards
 from rayloom.train.meter import BatchCount, StepCount, StreamMeter
 from rayloom.train.monitor import answer
 from rayloom.train.own_settings import OwnSettings
@@ -107,8 +107,8 @@ class StreamTrainer(transformers.Trainer):
         self._evaluated: tuple[int, dict[str, float]] | None = None  # the last evaluation's step and metrics
         self._writer = CheckpointWriter(checkpoints, self._tell_failed)
         self._best = BestRule.of(settings)
-        if not self.is_deepspeed_enabled:
-            self.add_callback(GradientGuard(self._take_bad_gradients))
+        for guard in gradient_guards(self.args, lambda: self.model_wrapped, self._take_bad_gradients):
+            self.add_callback(guard)
         self.stopped = False  # because it was told to
         self.stopped_early = False  # because evaluations got no better
 
@@ -240,7 +240,7 @@ class StreamTrainer(transformers.Trainer):
 
     def _compare(self, rule: BestRule, metrics: dict[str, float]) -> None:
         """Keep what is the best so far; end where nothing better has come for long."""
-        value, step = metrics[rule.metric], self.state.global_step
+        value, step = rule.value(metrics), self.state.global_step
         if rule.is_better(value, self.state.best_metric):
             self.state.best_metric, self.state.best_global_step = value, step
             self.control.should_save = True

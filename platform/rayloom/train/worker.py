@@ -39,6 +39,7 @@ from rayloom.models.vocabulary import added_token_ids
 from rayloom.remote import Remote
 from rayloom.stages.reference import ReferencePlace
 from rayloom.stages.step_loss import step_loss, token_loss
+from rayloom.train.config import TrainConfig
 from rayloom.train.deepspeed import deepspeed_config, engine_of, inference_config
 from rayloom.train.frozen_head import FrozenHeadLoss, frozen_head
 from rayloom.train.kernels import load_cpu_kernels
@@ -73,10 +74,10 @@ def _announced(tables: Iterator[pa.Table], on_first: Callable[[], None]) -> Iter
 
 
 class _Milestones(transformers.TrainerCallback):
-    def __init__(self, phase: Any, eval_steps: int | None, evaluates: bool) -> None:
+    def __init__(self, phase: Any, settings: TrainConfig, evaluates: bool) -> None:
         self._phase = phase
-        self._eval_steps = eval_steps
-        self._evaluates = evaluates
+        self._eval_steps = settings.eval_steps if evaluates else None
+        self._save_steps = settings.save_steps
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._phase("engine")
@@ -85,8 +86,12 @@ class _Milestones(transformers.TrainerCallback):
         self._phase("first step")
         if state.global_step == args.max_steps:
             control.should_log = True  # the last step, also between two rows of metrics
-        if self._evaluates and self._eval_steps and state.global_step % self._eval_steps == 0:
-            control.should_evaluate = True
+        if self._eval_steps and state.global_step % self._eval_steps == 0:
+            control.should_evaluate = control.should_log = True  # the best one is saved
+        if state.global_step % self._save_steps == 0:
+            control.should_log = (
+                True  # a row of metrics ends where a resume begins: it would know of its own steps only
+            )
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -209,7 +214,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
             optimizer_config=job.optimizer,
             args=arguments,
             processing_class=tokenizer,
-            callbacks=[_Milestones(phase, job.train.eval_steps, eval_shard is not None)],
+            callbacks=[_Milestones(phase, job.train, eval_shard is not None)],
             tables=_announced(tables, lambda: phase("first batch")),
             meter=meter,
             settings=job.train,
