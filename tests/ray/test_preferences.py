@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rayloom.data.plan import Position
 from rayloom.data.segment import EncodeSegment
 from rayloom.data.walk import Walk
 from rayloom.methods.attach import attach_method
+from rayloom.stages.config import DpoConfig
 from rayloom.stages.prepare import prepare_data, segment_options
 from rayloom.train.schedule import learning_rate_factor
 
@@ -54,23 +56,39 @@ def ls(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.logsigmoid(x)
 
 
+def s(x: torch.Tensor) -> torch.Tensor:
+    return torch.sigmoid(x)
+
+
+def log_odds(x: torch.Tensor) -> torch.Tensor:
+    return x - torch.log(1 - x.exp())
+
+
 class Shifted:
     """`bco_pair`: rewards less the mean of all rewards of the steps before."""
 
     def __init__(self) -> None:
         self.before: list[float] = []
-        self.now: list[float] = []
 
-    def __call__(self, w: torch.Tensor, v: torch.Tensor, a: Any, c: Any, m: int, n: int) -> torch.Tensor:
+    def __call__(self, w: torch.Tensor, v: torch.Tensor, a: Any, c: Any, m: Any, n: Any) -> torch.Tensor:
         shift = sum(self.before) / len(self.before) if self.before else 0.0
         r, q = 0.5 * (w - a), 0.5 * (v - c)
-        self.now += [r.item(), q.item()]
-        if len(self.now) == 2 * BATCH:
-            self.before, self.now = self.before + self.now, []
+        self.before += [*r.tolist(), *q.tolist()]
         return -ls(r - shift) - ls(shift - q)
 
 
-# w, v: log-probabilities of the chosen and the rejected answer; a, c: the reference's; m, n: tokens.
+def kto_pair(w: torch.Tensor, v: torch.Tensor, a: Any, c: Any, m: Any, n: Any) -> torch.Tensor:
+    z, y = ((of - base).mean().detach().clamp(min=0) for of, base in ((w, a), (v, c)))
+    return 1 - (s(0.5 * (w - a - y)) + s(0.5 * (z - v + c))) / 2
+
+
+def exo(h: torch.Tensor) -> torch.Tensor:
+    p = torch.stack([s(h), s(-h)])
+    return (p * (p / torch.tensor([[0.7], [0.3]])).log()).sum(0)
+
+
+# Of each pair of a step, (pairs,): w, v: log-probabilities of the chosen and the rejected answer; a, c: the
+# reference's; m, n: tokens.
 LOSSES: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
     "sigmoid": ({}, lambda w, v, a, c, m, n: -ls(0.1 * (w - a - v + c))),
     "smoothed": (
@@ -79,13 +97,65 @@ LOSSES: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
     ),
     "ipo": ({"loss": "ipo"}, lambda w, v, a, c, m, n: ((w - a) / m - (v - c) / n - 5) ** 2),
     "full": ({"reference": "copy"}, lambda w, v, a, c, m, n: -ls(0.1 * (w - a - v + c))),
-    "bco": ({"loss": "bco_pair", "beta": 0.5}, Shifted()),
     "simpo": ({"loss": "simpo", "beta": 2.0}, lambda w, v, a, c, m, n: -ls(2 * (w / m - v / n) - 0.5)),
+}
+# All with a beta of 0.5, on the same rows, so that each can be told from the others.
+NEIGHBOURS: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
+    "steep": ({}, lambda w, v, a, c, m, n: -ls(0.5 * (w - a - v + c))),
+    "robust": (
+        {"loss": "robust", "label_smoothing": 0.3},
+        lambda w, v, a, c, m, n: (-0.7 * ls(0.5 * (w - a - v + c)) + 0.3 * ls(-0.5 * (w - a - v + c))) / 0.4,
+    ),
+    "hinge": ({"loss": "hinge"}, lambda w, v, a, c, m, n: (1 - 0.5 * (w - a - v + c)).clamp(min=0)),
+    "ipo_steep": ({"loss": "ipo"}, lambda w, v, a, c, m, n: ((w - a) / m - (v - c) / n - 1) ** 2),
+    "kto_pair": ({"loss": "kto_pair"}, kto_pair),
+    "bco": ({"loss": "bco_pair"}, Shifted()),
+    "apo_zero": ({"loss": "apo_zero"}, lambda w, v, a, c, m, n: 1 - s(0.5 * (w - a)) + s(0.5 * (v - c))),
+    "apo_down": ({"loss": "apo_down"}, lambda w, v, a, c, m, n: 1 + s(0.5 * (w - a)) - s(0.5 * (w - a - v + c))),
+    "sppo_hard": ({"loss": "sppo_hard"}, lambda w, v, a, c, m, n: (w - a - 1) ** 2 + (v - c + 1) ** 2),
+    "nca_pair": (
+        {"loss": "nca_pair"},
+        lambda w, v, a, c, m, n: -ls(0.5 * (w - a)) - ls(-0.5 * (w - a)) / 2 - ls(-0.5 * (v - c)) / 2,
+    ),
+    "exo_pair": ({"loss": "exo_pair", "label_smoothing": 0.3}, lambda w, v, a, c, m, n: exo(0.5 * (w - a - v + c))),
+    "aot": ({"loss": "aot"}, lambda w, v, a, c, m, n: -ls(0.5 * ((w - v).sort()[0] - (a - c).sort()[0]))),
+    "discopop": (
+        {"loss": "discopop"},
+        lambda w, v, a, c, m, n: (
+            -s(-10 * (w - a - v + c)) * ls(0.5 * (w - a - v + c))
+            + s(10 * (w - a - v + c)) * (-0.5 * (w - a - v + c)).exp()
+        ),
+    ),
+    "cpo": ({"loss": "cpo"}, lambda w, v, a, c, m, n: -ls(0.5 * (w - v))),
+    "simpo_steep": ({"loss": "simpo"}, lambda w, v, a, c, m, n: -ls(0.5 * (w / m - v / n) - 0.5)),
+    "orpo": (
+        {"loss": "orpo"},
+        lambda w, v, a, c, m, n: -w / m - 0.5 * ls(log_odds(w / m) - log_odds(v / n)),
+    ),
+    "sum": (
+        {"loss": {"hinge": 0.25, "apo_zero": 2.0}},
+        lambda w, v, a, c, m, n: (
+            0.25 * (1 - 0.5 * (w - a - v + c)).clamp(min=0) + 2 * (1 - s(0.5 * (w - a)) + s(0.5 * (v - c)))
+        ),
+    ),
+    "desensitised": ({"ld_alpha": 0.25}, lambda w, v, a, c, m, n: -ls(0.5 * (w - a - v + c))),
 }
 
 
-def plain_losses(config: JobConfig, tiny_model: Path, of_pair: Callable[..., Any]) -> tuple[list[float], list[float]]:
-    """The loss of each step, and the share of pairs whose chosen answer has gained more."""
+@dataclass
+class Plain:
+    """What the loop has found."""
+
+    losses: list[float]
+    """Of each step."""
+    accuracies: list[float]
+    """Of each step, the share of pairs whose chosen answer has gained more."""
+    last: tuple[torch.Tensor, ...]
+    """What the last step's loss was computed from."""
+
+
+def plain_losses(config: JobConfig, tiny_model: Path, of_pairs: Callable[..., Any]) -> Plain:
+    """Train without Rayloom's trainers and losses."""
     plan, encoder = prepare_data(config)
     encode = EncodeSegment(encoder, segment_options(config))
     rows = [row for segment in islice(Walk(plan).segments(Position()), 8) for row in encode(plan, segment).to_pylist()]
@@ -97,33 +167,37 @@ def plain_losses(config: JobConfig, tiny_model: Path, of_pair: Callable[..., Any
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.train.learning_rate, weight_decay=0.0)
     losses, accuracies = [], []
+    assert isinstance(config.stage, DpoConfig)
+    behind = 1.0 if config.stage.ld_alpha is None else config.stage.ld_alpha
 
-    def log_probability(of: Any, ids: Ids, labels: Ids) -> tuple[torch.Tensor, int]:
+    def log_probabilities(of: Any, ids: Ids, labels: Ids) -> torch.Tensor:
         scores = of(torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
-        places = [place for place, label in enumerate(labels) if label >= 0]
-        return sum((scores[place - 1, ids[place]] for place in places), torch.zeros(())), len(places)
+        return torch.stack([scores[place - 1, ids[place]] for place, label in enumerate(labels) if label >= 0])
 
     for step in range(STEPS):
         rate = learning_rate_factor((step + 0.5) / STEPS, config.train.scheduler, config.train.warmup)
         for group in optimizer.param_groups:
             group["lr"] = config.train.learning_rate * rate
-        total, better = 0.0, 0
+        pairs = []
         for row in rows[step * BATCH : (step + 1) * BATCH]:
             border = row["position_ids"].index(0, 1)
             sides = [(row["input_ids"][part], row["labels"][part]) for part in (slice(border), slice(border, None))]
-            (w, m), (v, n) = (log_probability(model, *side) for side in sides)
+            policy = [log_probabilities(model, *side) for side in sides]
             with torch.no_grad():
-                (a, _), (c, _) = (log_probability(reference, *side) for side in sides)
-            loss = of_pair(w, v, a, c, m, n) / BATCH
-            loss.backward()
-            total += loss.item()
-            better += int(w - a > v - c)
+                before = [log_probabilities(reference, *side) for side in sides]
+            m, n = map(len, policy)
+            common = min(m, n)
+            sums = [of[:common].sum() + behind * of[common:].sum() for of in (*policy, *before)]
+            pairs.append([*sums, torch.tensor(float(m)), torch.tensor(float(n))])
+        w, v, a, c, m, n = (torch.stack(column) for column in zip(*pairs, strict=True))
+        loss = of_pairs(w, v, a, c, m, n).mean()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.train.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(total)
-        accuracies.append(better / BATCH)
-    return losses, accuracies
+        losses.append(loss.item())
+        accuracies.append(float((w - a > v - c).float().mean()))
+    return Plain(losses, accuracies, tuple(one.detach() for one in (w, v, a, c, m, n)))
 
 
 @pytest.mark.parametrize(
@@ -134,7 +208,6 @@ def plain_losses(config: JobConfig, tiny_model: Path, of_pair: Callable[..., Any
         pytest.param("ipo", {"batch_size": 2, "workers": 2, "deepspeed": "zero2"}, marks=pytest.mark.slow),
         pytest.param("sigmoid", {"batch_size": 2, "workers": 2, "deepspeed": "zero3"}, marks=pytest.mark.slow),
         pytest.param("simpo", {"activation_checkpointing": True}, marks=pytest.mark.slow),
-        pytest.param("bco", {"batch_size": 1, "workers": 2, "global_batch_size": BATCH}, marks=pytest.mark.slow),
         pytest.param("full", {"batch_size": 2, "workers": 2}, marks=pytest.mark.slow),
         pytest.param("full", {"batch_size": 2, "workers": 2, "deepspeed": "zero2"}, marks=pytest.mark.slow),
     ],
@@ -142,18 +215,38 @@ def plain_losses(config: JobConfig, tiny_model: Path, of_pair: Callable[..., Any
 def test_losses_equal_a_loop(
     name: str, train: dict[str, Any], tiny_model: Path, sets: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    stage, of_pair = LOSSES[name]
+    stage, of_pairs = LOSSES[name]
     config = pairs_job(tiny_model, tmp_path, sets, stage, "full" if name == "full" else "lora", **train)
     result, rows = run(config)
     trained = [row for row in rows if "loss" in row]
-    losses, accuracies = plain_losses(config, tiny_model, of_pair)
-    assert [row["loss"] for row in trained] == pytest.approx(losses, abs=2e-5)
+    plain = plain_losses(config, tiny_model, of_pairs)
+    assert [row["loss"] for row in trained] == pytest.approx(plain.losses, abs=2e-5)
     if name == "sigmoid":
-        assert losses[0] == pytest.approx(math.log(2), abs=1e-6)  # policy and reference are one before the first step
-        assert [row["accuracy"] for row in trained[1:]] == accuracies[1:]
+        assert plain.losses[0] == pytest.approx(
+            math.log(2), abs=1e-6
+        )  # policy and reference are one before the first step
+        assert [row["accuracy"] for row in trained[1:]] == plain.accuracies[1:]
         assert all(
             row["rewards/margin"] == pytest.approx(row["rewards/chosen"] - row["rewards/rejected"], abs=1e-6)
             for row in trained
         )
         assert 0 <= result["eval"]["eval_accuracy"] <= 1
         assert result["eval"]["eval_rewards/margin"] > 0  # rejected answers all end alike
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NEIGHBOURS)
+def test_each_loss_is_told_from_its_neighbours(
+    name: str, tiny_model: Path, sets: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """The trainer's losses are those of the formula of this name, and of no other."""
+    stage, of_pairs = NEIGHBOURS[name]
+    train = {"batch_size": 1, "workers": 2, "global_batch_size": BATCH} if name == "bco" else {}
+    config = pairs_job(tiny_model, tmp_path, sets, {"beta": 0.5, **stage}, **train)
+    _, rows = run(config)
+    found = [row["loss"] for row in rows if "loss" in row]
+    plain = plain_losses(config, tiny_model, of_pairs)
+    assert found == pytest.approx(plain.losses, rel=2e-5, abs=2e-5)
+    for other, (_, formula) in NEIGHBOURS.items():
+        if other not in (name, "bco") and {name, other} != {"steep", "desensitised"}:
+            assert float(formula(*plain.last).mean()) != pytest.approx(found[-1], abs=1e-4), other

@@ -134,12 +134,17 @@ def test_a_worker_that_hangs(
 
 
 @pytest.mark.slow
-def test_steps_that_are_skipped(tiny_model: Path, sets: list[dict[str, Any]], tmp_path: Path) -> None:
-    """A rate at which weights run out of numbers: the job ends all the same, and says how many steps were not made."""
+def test_steps_that_are_skipped(
+    tiny_model: Path, sets: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rate at which weights run out of numbers: the job ends all the same, and says which steps were not made."""
     broken = {"learning_rate": 1e30, "max_grad_norm": None, "max_steps": 6, "warmup": 0.0, "on_bad_step": "skip"}
     result, _ = run(long_job(tiny_model, tmp_path, sets, "skipped", **broken))
     assert (result["status"], result["steps"]) == ("finished", 6)
     assert 4 <= result["skipped_steps"] <= 5
+    said = capsys.readouterr().out
+    assert "step 6: the gradient is not a number on rank 0, and no step was made with it" in said
+    assert said.count("The rows of this rank's batch (chunk:row): ") >= result["skipped_steps"]
 
 
 @pytest.mark.slow

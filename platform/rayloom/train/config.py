@@ -68,7 +68,7 @@ class TrainConfig(ConfigPart):
     """Where else the metrics go: `tensorboard`, files in the run directory; `wandb` and `mlflow`, which read their own
     environment variables (WANDB_MODE, MLFLOW_TRACKING_URI ...). Needs the extras of these names."""
     logging_steps: Whole = Field(default=10, ge=1)
-    """Optimizer steps between two rows of metrics."""
+    """Optimizer steps between two rows of metrics. A row ends at each evaluation and checkpoint, too."""
     eval_steps: Whole | None = Field(default=None, ge=1)
     """Optimizer steps between two evaluations, where `data.eval` or `data.held_out` says on what. Left out: only at
     the end."""

@@ -164,7 +164,7 @@ class StreamTrainer(transformers.Trainer):
             "rank": self.args.process_index,
             "examples": [[self._set_names[number], row_name(row)] for number, row in self._taken],
         }
-        answer(self._monitor.post.remote({"kind": "manifest", "row": row}), f"rank {self.args.process_index}")
+        self._post("manifest", row=row)
 
     def _progress(self, ahead: int = 0) -> float:
         if self._settings.max_steps:
@@ -198,6 +198,7 @@ class StreamTrainer(transformers.Trainer):
         if self._settings.on_bad_step == "stop":
             raise JobError(self._not_finite("the loss is a number, but its gradient is not"))
         self.meter.skipped_steps += 1
+        self._post("say", lines=[self._not_finite("the gradient is not a number")])
 
     def _loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         threads = self.row_threads
@@ -232,7 +233,7 @@ class StreamTrainer(transformers.Trainer):
             metrics = self._eval_metrics(self._eval_tables)
             row = {"step": self.state.global_step, "epoch": self.meter.epochs_done, "progress": self._progress()}
             if self.is_world_process_zero():
-                answer(self._monitor.post.remote({"kind": "metrics", "row": {**row, **metrics}}), "rank 0")
+                self._post("metrics", row={**row, **metrics})
         self._evaluated = (self.state.global_step, metrics)
         if self._best is not None:
             self._compare(self._best, metrics)
@@ -344,7 +345,7 @@ class StreamTrainer(transformers.Trainer):
         }
         self._grad_norm = (self.state.global_step, row["grad_norm"])
         if self.is_world_process_zero():
-            answer(self._monitor.post.remote({"kind": "metrics", "row": row}), "rank 0")
+            self._post("metrics", row=row)
 
     def _stage_metrics(self) -> dict[str, float]:
         """What a stage measures besides the loss, since the last row. Every rank calls it."""
@@ -396,4 +397,8 @@ class StreamTrainer(transformers.Trainer):
         self._writer.wait()
 
     def _tell_failed(self, text: str) -> None:
-        answer(self._monitor.post.remote({"kind": "failed", "text": text}), f"rank {self.args.process_index}")
+        self._post("failed", text=text)
+
+    def _post(self, kind: str, **said: Any) -> None:
+        """Tell the driver."""
+        answer(self._monitor.post.remote({"kind": kind, **said}), f"rank {self.args.process_index}")

@@ -89,9 +89,7 @@ class _Milestones(transformers.TrainerCallback):
         if self._eval_steps and state.global_step % self._eval_steps == 0:
             control.should_evaluate = control.should_log = True  # the best one is saved
         if state.global_step % self._save_steps == 0:
-            control.should_log = (
-                True  # a row of metrics ends where a resume begins: it would know of its own steps only
-            )
+            control.should_log = True  # a row of metrics ends where a resume may begin
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
