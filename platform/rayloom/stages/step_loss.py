@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,6 +24,14 @@ def token_loss(config: StageConfig) -> TokenLoss | None:
     if config.loss == "eaft":
         return partial(eaft, alpha=config.eaft_alpha)
     return partial(cross_entropy, label_smoothing=config.label_smoothing) if config.label_smoothing else None
+
+
+def averages_over_step(model: Any) -> bool:
+    """Whether a model's own loss is the batch's share of the mean over a step's tokens, where it is told how many these
+    are. Bart and its kin take the number and do not look at it: theirs is the mean over the batch."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    forward: Any = inspect.unwrap(type(base).forward)
+    return "loss_function" in forward.__code__.co_names  # transformers' own, which divides by it
 
 
 def step_loss(loss: TokenLoss, router_coefficient: float = 0.0) -> StepLoss:

@@ -42,7 +42,8 @@ class TrainConfig(ConfigPart):
     """Gradients are scaled down to this global L2 norm; above 0. `null`: they are left as they are."""
     on_bad_step: Literal["stop", "skip"] = "stop"
     """What happens at a loss or a gradient that is no number: `stop` ends the job and names the rows; `skip` makes no
-    step with it and goes on (`result.json` says how often), for `deepspeed: none`."""
+    step with it, says which it was, and goes on (`result.json` says how often), for `deepspeed: none`. In fp16 it is
+    the loss's scale that answers to such gradients: it goes down, and no step is made."""
     collective_timeout: Number = Field(default=600.0, gt=0)
     """Seconds that a worker waits for the others, above 0. Then it gives up, and the job goes on from its last
     checkpoint (`max_failures`)."""

@@ -38,7 +38,7 @@ from rayloom.models.value_head import attach_value_head
 from rayloom.models.vocabulary import added_token_ids
 from rayloom.remote import Remote
 from rayloom.stages.reference import ReferencePlace
-from rayloom.stages.step_loss import step_loss, token_loss
+from rayloom.stages.step_loss import averages_over_step, step_loss, token_loss
 from rayloom.train.config import TrainConfig
 from rayloom.train.deepspeed import deepspeed_config, engine_of, inference_config
 from rayloom.train.frozen_head import FrozenHeadLoss, frozen_head
@@ -345,9 +345,12 @@ def _upload(saved: Path, place: Path | Remote) -> None:
 def _loss_function(job: JobConfig, model: Any, batches_per_step: int) -> Any:
     """What transformers' Trainer computes the loss by; None: the model itself, or a trainer of our own."""
     of_token = token_loss(job.stage)
-    plain = job.model.kernels == "none" and job.model.moe_aux_loss is None and job.train.deepspeed != "zero3"
-    if job.stage.type in ("pretrain", "sft") and plain and (head := frozen_head(model)) is not None:
-        return FrozenHeadLoss(head, of_token or cross_entropy)
+    plain = job.model.kernels == "none" and job.model.moe_aux_loss is None
+    if job.stage.type in ("pretrain", "sft") and plain:
+        if job.train.deepspeed != "zero3" and (head := frozen_head(model)) is not None:
+            return FrozenHeadLoss(head, of_token or cross_entropy)
+        if not averages_over_step(model):
+            of_token = of_token or cross_entropy
     return of_token and step_loss(of_token, (job.model.moe_aux_loss or 0.0) / batches_per_step)
 
 
