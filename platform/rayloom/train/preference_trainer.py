@@ -1,7 +1,7 @@
 """The trainer of preferences.
 
-Not TRL's `DPOTrainer`: that tokenizes a whole data set itself, and averages a loss over each batch, not over the pairs
-of the global batch.
+Not TRL's `DPOTrainer`, nor its experimental ones for CPO and ORPO: they tokenize a whole data set themselves, and
+average a loss over each batch, not over the pairs of the global batch.
 """
 
 from __future__ import annotations

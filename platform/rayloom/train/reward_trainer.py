@@ -1,4 +1,8 @@
-"""The trainer of reward models: a value head on the model, read at the last token of each answer."""
+"""The trainer of reward models: a value head on the model, read at the last token of each answer.
+
+Not TRL's `RewardTrainer`: that tokenizes a whole data set itself, and trains a model for classification, where stage
+ppo wants a head beside an adapter, on the base that its policy has too.
+"""
 
 from __future__ import annotations
 
