@@ -239,14 +239,18 @@ def test_losses_equal_a_loop(
 def test_each_loss_is_told_from_its_neighbours(
     name: str, tiny_model: Path, sets: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    """The trainer's losses are those of the formula of this name, and of no other."""
+    """The trainer's losses are those of the formula of this name, and of no other. (AdamW's first steps turn a rounding
+    of a small gradient into one of the loss.)"""
     stage, of_pairs = NEIGHBOURS[name]
     train = {"batch_size": 1, "workers": 2, "global_batch_size": BATCH} if name == "bco" else {}
     config = pairs_job(tiny_model, tmp_path, sets, {"beta": 0.5, **stage}, **train)
     _, rows = run(config)
     found = [row["loss"] for row in rows if "loss" in row]
     plain = plain_losses(config, tiny_model, of_pairs)
-    assert found == pytest.approx(plain.losses, rel=2e-5, abs=2e-5)
-    for other, (_, formula) in NEIGHBOURS.items():
-        if other not in (name, "bco") and {name, other} != {"steep", "desensitised"}:
-            assert float(formula(*plain.last).mean()) != pytest.approx(found[-1], abs=1e-4), other
+    assert found == pytest.approx(plain.losses, rel=1e-4, abs=1e-4)
+    # As long as the margins keep the reference's order, `aot` is `steep` (they are told apart in the unit tests); the third
+    # one's is the same formula, of other sums.
+    like = {"steep", "aot", "desensitised"}
+    for other in NEIGHBOURS.keys() - {"bco"} - (like if name in like else {name}):
+        value = float(NEIGHBOURS[other][1](*plain.last).mean())
+        assert value != pytest.approx(found[-1], abs=1e-3), other
