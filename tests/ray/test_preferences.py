@@ -248,8 +248,8 @@ def test_each_loss_is_told_from_its_neighbours(
     found = [row["loss"] for row in rows if "loss" in row]
     plain = plain_losses(config, tiny_model, of_pairs)
     assert found == pytest.approx(plain.losses, rel=1e-4, abs=1e-4)
-    # As long as the margins keep the reference's order, `aot` is `steep` (they are told apart in the unit tests); the third
-    # one's is the same formula, of other sums.
+    # As long as the margins keep the reference's order, `aot` is `steep` (they are told apart in the unit tests); the
+    # third one's is the same formula, of other sums.
     like = {"steep", "aot", "desensitised"}
     for other in NEIGHBOURS.keys() - {"bco"} - (like if name in like else {name}):
         value = float(NEIGHBOURS[other][1](*plain.last).mean())
