@@ -129,12 +129,23 @@ def test_tokens_are_drawn_as_often_as_the_model_says(tiny_model: Path, engine: V
     assert statistic < freedom + 5 * (2 * freedom) ** 0.5
 
 
+def test_more_tokens_than_vllm_takes_in_a_step(tiny_model: Path, engine: VllmEngine) -> None:
+    """A prompt that it would cut in two, and whose generator it would set back, which a CPU's cannot."""
+    _send(engine, adapted(tiny_model, 1), 1)
+    asked = [Prompt(n, tuple(3 + (7 * n + k) % 300 for k in range(150)), n) for n in range(60)]
+    together = _answers(engine, asked, Sampling(4))
+    assert [len(answer.log_probs) for answer in together] == [len(answer.token_ids) for answer in together]
+    for number in (0, 26, 27, 59):
+        (alone,) = _answers(engine, [asked[number]], Sampling(4))
+        assert alone.token_ids == together[number].token_ids
+
+
 def test_the_compiled_norms_are_taken(engine: VllmEngine) -> None:
     from vllm import ir
 
-    x = torch.ones(2, 8)
+    x = torch.ones(2, 16)
     for operation, given in ((ir.ops.rms_norm, (x,)), (ir.ops.fused_add_rms_norm, (x, x))):
-        assert operation.dispatch(*given, torch.ones(8), 1e-5).provider == "vllm_c_cpu"
+        assert operation.dispatch(*given, torch.ones(16), 1e-5).provider == "vllm_c_cpu"
 
 
 def test_each_version_that_is_sent_is_the_one_served(tiny_model: Path, engine: VllmEngine) -> None:

@@ -127,5 +127,6 @@ def test_the_coefficient_follows_its_target() -> None:
     assert control.after(6.6, 50).coefficient == pytest.approx(0.1 * (1 + 0.1 * 50 / 1000))
     assert control.after(100.0, 50).coefficient == pytest.approx(0.1 * (1 + 0.2 * 50 / 1000))
     assert control.after(0.0, 50).coefficient == pytest.approx(0.1 * (1 - 0.2 * 50 / 1000))
+    assert control.after(0.0, 64_000).coefficient == pytest.approx(0.1 * 0.8)  # more answers than the horizon
     assert KlControl(0.1).after(100.0, 50).coefficient == 0.1
     assert KlControl(**control.as_dict()) == control

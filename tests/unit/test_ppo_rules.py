@@ -144,6 +144,7 @@ def test_references_that_can_be() -> None:
         ({"rollout": {"temperature": 0.0}}, "temperature"),
         ({"rewards": {"sources": []}}, "rewards.sources"),
         ({"stage": {"kl": {"coefficient": -0.1}}}, "kl.coefficient"),
+        ({"stage": {"kl": {"coefficient": 0.0, "target": 6.0}}}, "0 stays 0"),
     ],
 )
 def test_what_the_config_refuses(parts: dict[str, Any], message: str) -> None:

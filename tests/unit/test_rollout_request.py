@@ -11,17 +11,25 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from rayloom.errors import JobError
 from rayloom.rollout.adapter_folders import pack, stored_tensors
 from rayloom.rollout.config import RolloutConfig
 from rayloom.rollout.digest import Digest, digest_of
 from rayloom.rollout.fleet import patience_of
 from rayloom.rollout.members import Members, _end_process
-from rayloom.rollout.request import BLOCK, EngineOptions, Probe, Served, Weights, difference, probe_prompt
+from rayloom.rollout.request import BLOCK, EngineOptions, Probe, Rollout, Served, Weights, difference, probe_prompt
 
 TENSORS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.ones(3, dtype=torch.bfloat16)}
 WEIGHTS = Weights(4, "adapter", None, 2, digest_of(TENSORS), {})
 SERVED = Served(1, 4, 2, digest_of(TENSORS))
 PROBE = Probe(1, 4, (5,), (-0.5,))
+
+
+def test_an_answer_of_no_numbers_is_none() -> None:
+    with pytest.raises(
+        JobError, match=r"engine 1 answered prompt 7 with log-probabilities that are no numbers; .* version 4"
+    ):
+        Rollout(7, 0, (5, 6), (-0.5, float("nan")), "stop", policy_version=4, engine=1)
 
 
 def test_a_digest_does_not_depend_on_the_order_of_tensors() -> None:

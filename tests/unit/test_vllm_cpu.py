@@ -25,9 +25,10 @@ def formula(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_norms(dtype: torch.dtype) -> None:
-    x, residual = (3 * numbers(17, 576, dtype=dtype), numbers(17, 576, dtype=dtype).flip(0))
-    weight = 1 + numbers(576, dtype=dtype)
+@pytest.mark.parametrize("width", [16, 48, 576])
+def test_norms(width: int, dtype: torch.dtype) -> None:
+    x, residual = (3 * numbers(17, width, dtype=dtype), numbers(17, width, dtype=dtype).flip(0))
+    weight = 1 + numbers(width, dtype=dtype)
     close: Any = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     torch.testing.assert_close(vllm_cpu._norm(x, weight, EPSILON).double(), formula(x, weight), **close)
     total = x.double() + residual.double()
@@ -37,15 +38,16 @@ def test_norms(dtype: torch.dtype) -> None:
 
 
 def test_norms_that_are_left_to_vllm() -> None:
-    x, weight = numbers(4, 8, dtype=torch.float32), numbers(8, dtype=torch.float32)
+    x, weight = numbers(4, 16, dtype=torch.float32), numbers(16, dtype=torch.float32)
     assert vllm_cpu._norm_fits(x, weight, EPSILON)
     assert not vllm_cpu._norm_fits(x, None, EPSILON)
     assert not vllm_cpu._norm_fits(x, weight.bfloat16(), EPSILON)
     assert not vllm_cpu._norm_fits(x, weight, EPSILON, 4)
-    assert not vllm_cpu._norm_fits(numbers(8, 4, dtype=torch.float32).T, weight, EPSILON)
+    assert not vllm_cpu._norm_fits(numbers(4, 20, dtype=torch.float32), numbers(20, dtype=torch.float32), EPSILON)
+    assert not vllm_cpu._norm_fits(numbers(16, 4, dtype=torch.float32).T, weight, EPSILON)
     assert vllm_cpu._norm_of_sum_fits(x, x, weight, EPSILON)
     assert not vllm_cpu._norm_of_sum_fits(x, x.bfloat16(), weight, EPSILON)
-    assert not vllm_cpu._norm_of_sum_fits(x, numbers(8, 4, dtype=torch.float32).T, weight, EPSILON)
+    assert not vllm_cpu._norm_of_sum_fits(x, numbers(16, 4, dtype=torch.float32).T, weight, EPSILON)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -19,12 +19,13 @@ class KlControl:
     def after(self, divergence: float, answers: int) -> KlControl:
         """The controller after so many answers with this mean divergence.
 
-        The coefficient times 1 + clip(divergence / target - 1, -0.2, 0.2) * answers / horizon.
+        The coefficient times 1 + clip(divergence / target - 1, -0.2, 0.2) * min(answers / horizon, 1): more answers
+        than the horizon are one horizon, or it could change by more than the clip, and below 0.
         """
         if self.target is None:
             return self
         error = min(0.2, max(-0.2, divergence / self.target - 1))
-        return replace(self, coefficient=self.coefficient * (1 + error * answers / self.horizon))
+        return replace(self, coefficient=self.coefficient * (1 + error * min(answers / self.horizon, 1)))
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rayloom.errors import RequestError
+from rayloom.errors import JobError, RequestError
 from rayloom.rollout.digest import digest_of
 
 BLOCK = 32
@@ -102,6 +103,13 @@ class Rollout:
     """Which weights gave it."""
     engine: int
     """Which engine gave it, 0 and up."""
+
+    def __post_init__(self) -> None:
+        if any(math.isnan(one) for one in self.log_probs):
+            raise JobError(
+                f"engine {self.engine} answered prompt {self.prompt} with log-probabilities that are no numbers; look "
+                f"at the weights of policy version {self.policy_version}"
+            )
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from rayloom.rollout.one_adapter import Factors, add_products
 
 _KERNELS = "vllm_c_cpu"
 """What vLLM is to call its own compiled norms by."""
+_VECTOR = 16
+"""Numbers that these take at a time, or a multiple of it."""
 
 
 def use_cpu_functions() -> dict[str, Any]:
@@ -145,8 +147,10 @@ def _norm_of_sum(
 
 
 def _norm_fits(x: Any, weight: Any, epsilon: Any, variance_size: Any = None) -> bool:
-    """Whether the compiled norm takes it: contiguous, of one type, all of a row's numbers."""
-    return variance_size is None and weight is not None and weight.dtype == x.dtype and x.is_contiguous()
+    """Whether the compiled norm takes it: contiguous, of one type, all of a row's numbers, in whole vectors of them."""
+    if variance_size is not None or weight is None or x.shape[-1] % _VECTOR:
+        return False
+    return bool(weight.dtype == x.dtype and x.is_contiguous())
 
 
 def _norm_of_sum_fits(x: Any, x_residual: Any, weight: Any, epsilon: Any, variance_size: Any = None) -> bool:

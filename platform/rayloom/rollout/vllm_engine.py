@@ -84,6 +84,7 @@ class VllmEngine:
         if options.device == "cpu":
             arguments |= use_cpu_functions() if options.tensor_parallel == 1 else {}  # else vLLM has more processes
             arguments |= {"kv_cache_memory_bytes": int(options.kv_cache_gib * 2**30), "block_size": BLOCK}
+            arguments["enable_chunked_prefill"] = False  # it sets generators back, and a CPU's has no way back
         else:
             arguments["gpu_memory_utilization"] = options.gpu_memory
         self._llm: Any = vllm.LLM(

@@ -32,6 +32,12 @@ class KlConfig(ConfigPart):
     """Where it counts: taken off the `reward` of each token, or added to the `loss`. `auto`: `reward` for `gae`, `rloo`
     and `reinforce++`, `loss` for `grpo` and `dr_grpo`, as their papers have it."""
 
+    @model_validator(mode="after")
+    def _can_follow(self) -> KlConfig:
+        if self.target is not None and self.coefficient == 0:
+            raise ValueError("target changes the coefficient by a factor, and 0 stays 0; begin with one above 0")
+        return self
+
 
 class PpoConfig(Stage):
     """Reinforcement learning: the model answers prompts, answers get rewards, the model learns from them."""
