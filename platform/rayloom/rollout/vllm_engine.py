@@ -72,8 +72,7 @@ class VllmEngine:
             RequestError: no vLLM of the right version; a rank that it has not.
         """
         check_vllm()
-        for name, value in _VARIABLES.items():
-            os.environ.setdefault(name, value)
+        os.environ.update({**_VARIABLES, **os.environ})
         import vllm
 
         self._options, self._number = options, number
