@@ -15,7 +15,7 @@ STEPS, GLOBAL_BATCH = 20, 8
 
 def _losses(model: Path, folder: Path, sets: list[dict[str, Any]], **train: Any) -> list[float]:
     part = {"max_steps": STEPS, "global_batch_size": GLOBAL_BATCH, "learning_rate": 2e-3, **train}
-    _, rows = run(job(model, folder, sets, data={"packing": False}, train=part))
+    _, rows = run(job(model, folder, sets, data={"packing": False, "mix": "interleave_under"}, train=part))
     return [row["loss"] for row in rows if "loss" in row]
 
 
