@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -139,12 +140,33 @@ def test_steps_that_are_skipped(
 ) -> None:
     """A rate at which weights run out of numbers: the job ends all the same, and says which steps were not made."""
     broken = {"learning_rate": 1e30, "max_grad_norm": None, "max_steps": 6, "warmup": 0.0, "on_bad_step": "skip"}
+    broken["max_loss"] = 1e300
     result, _ = run(long_job(tiny_model, tmp_path, sets, "skipped", **broken))
     assert (result["status"], result["steps"]) == ("finished", 6)
     assert 4 <= result["skipped_steps"] <= 5
     said = capsys.readouterr().out
-    assert "step 6: the gradient is not a number on rank 0, and no step was made with it" in said
+    assert re.search(r"step 6: the (loss is|gradient is not a number) .*on rank 0, and no step was made with it", said)
     assert said.count("The rows of this rank's batch (chunk:row): ") >= result["skipped_steps"]
+
+
+@pytest.mark.slow
+def test_large_losses_are_skipped_whoever_computes_them(
+    tiny_model: Path, sets: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is the loss of the whole step that counts: two workers and one leave the same steps out."""
+    still = {"learning_rate": 1e-6, "max_steps": 10}  # so that the losses are those of the rows, whatever is left out
+    _, rows = run(long_job(tiny_model, tmp_path, sets, "all", **still))
+    ordered = sorted(row["loss"] for row in rows)
+    limit = {**still, "max_loss": (ordered[4] + ordered[5]) / 2, "on_bad_step": "skip"}
+    found = []
+    for name, workers in {"one": {}, "two": {"workers": 2, "batch_size": 4}}.items():
+        result, _ = run(long_job(tiny_model, tmp_path, sets, name, **limit, **workers))
+        said = re.findall(r"step (\d+): the loss is (\S+), and the most that it may be", capsys.readouterr().out)
+        found.append({int(step): float(loss) for step, loss in said})
+        assert result["skipped_steps"] == len(found[-1])
+    assert len(found[0]) == 5
+    assert found[0].keys() == found[1].keys()
+    assert list(found[1].values()) == pytest.approx(list(found[0].values()), abs=1e-3)
 
 
 @pytest.mark.slow

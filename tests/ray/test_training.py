@@ -145,10 +145,10 @@ def test_each_loss_equals_a_loop(
 
 
 def test_a_loss_that_is_no_number_ends_the_job(tiny_model: Path, data: list[dict[str, Any]], tmp_path: Path) -> None:
-    train = {"learning_rate": 1e30, "max_grad_norm": None, "max_steps": 9, "save_steps": 1}
+    train = {"learning_rate": 1e30, "max_grad_norm": None, "max_steps": 9, "save_steps": 1, "max_loss": 1e300}
     config = job(tiny_model, tmp_path, data, data={"mix": "interleave_once"}, train=train)
     with pytest.raises(
-        JobError, match=r"step \d: the loss is (nan|inf|a number, but its gradient is not) on rank 0"
+        JobError, match=r"step \d: the loss is (nan|inf|a number, but its gradient is not a number) on rank 0"
     ) as failed:
         run(config)
     text, rows = str(failed.value), metrics(config)
@@ -159,6 +159,20 @@ def test_a_loss_that_is_no_number_ends_the_job(tiny_model: Path, data: list[dict
     assert "Traceback" not in text
     assert "The last checkpoint is kept" in text
     assert json.loads((config.run_dir / "result.json").read_text())["status"] == "failed"
+
+
+def test_a_loss_that_is_too_large_ends_the_job(plain: Any, tiny_model: Path, tmp_path: Path, data: Any) -> None:
+    losses_before = losses(plain[2])
+    limit = losses_before[0] - 1e-3  # what a step before the first one would have to be below
+    config = job(tiny_model, tmp_path, data, data={"mix": "interleave_once"}, train={"max_steps": 9, "max_loss": limit})
+    with pytest.raises(JobError) as failed:
+        run(config)
+    text = str(failed.value)
+    said = re.search(r"step 1: the loss is (\S+), and the most that it may be is (\S+) \(train.max_loss\)", text)
+    assert said, text
+    assert float(said[1]) > float(said[2]) == pytest.approx(limit, rel=1e-3)
+    assert re.search(r"no step was logged yet. The rows of this rank's batch \(chunk:row\): (short|long) \d+:\d+", text)
+    assert not (config.run_dir / "model").exists()
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,7 @@ NO_CLIP = {"max_grad_norm": None}
             FULL,
             "needs train.gradient_accumulation: 1, not 4",
         ),
+        ({"type": "lomo"}, {**NO_CLIP, "on_bad_step": "skip"}, FULL, "needs train.on_bad_step: stop"),
         ({"type": "lomo"}, {**NO_CLIP, "device": "gpu", "precision": "fp16"}, FULL, "the loss scale of fp16"),
         ({"type": "schedule_free_adamw"}, {}, FULL, "needs train.scheduler: constant, not cosine"),
         ({"lora_plus_ratio": 4.0}, {}, FULL, "lora_plus_ratio needs method lora"),

@@ -18,6 +18,7 @@ class PretrainConfig(Stage):
 
     rows = "texts"
     measures = ("perplexity", "accuracy")
+    large_loss = 10.0  # about the logarithm of a vocabulary's size, which a model has that knows nothing
 
     type: Literal["pretrain"] = "pretrain"
     """`pretrain`: every token of plain texts is learnt."""
@@ -28,6 +29,7 @@ class SftConfig(Stage):
 
     rows = "conversations"
     measures = ("perplexity", "accuracy")
+    large_loss = 10.0  # about the logarithm of a vocabulary's size, which a model has that knows nothing
 
     type: Literal["sft"] = "sft"
     """`sft`: the answers of conversations are learnt."""

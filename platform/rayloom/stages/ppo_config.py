@@ -44,6 +44,7 @@ class PpoConfig(Stage):
 
     rows = "prompts"
     measures = ("reward", "answer_tokens")
+    large_loss = None  # the value's error has the scale of the rewards
 
     type: Literal["ppo"] = "ppo"
     """`ppo`: proximal policy optimization (Schulman et al. 2017, https://arxiv.org/abs/1707.06347)."""

@@ -14,6 +14,8 @@ class Stage(ConfigPart):
     """What kind of example it learns from."""
     measures: ClassVar[tuple[str, ...]]
     """What is measured besides the loss; evaluation puts `eval_` before the names."""
+    large_loss: ClassVar[float | None] = 100.0
+    """No smaller loss counts as exploded, whatever the first step's was; None: losses of the stage do not tell."""
 
     @property
     def has_reference(self) -> bool:

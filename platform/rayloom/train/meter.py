@@ -31,7 +31,9 @@ class StreamMeter:
     epochs_done: float = 0.0
     """Epochs of the stream that are done; 1.25 is a quarter into the second."""
     skipped_steps: int = 0
-    """Steps whose gradients were no numbers and that were not made."""
+    """Steps whose loss or gradients were bad and that were not made."""
+    first_loss: float | None = None
+    """The mean loss of the first step, from which it follows what is far too large."""
 
     @classmethod
     def start(cls, sets: int) -> StreamMeter:

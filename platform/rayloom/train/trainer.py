@@ -37,7 +37,7 @@ from rayloom.train.clock import RowClock, StepClock
 from rayloom.train.config import TrainConfig
 from rayloom.train.evaluate import evaluate
 from rayloom.train.frozen_head import FrozenHeadLoss
-from rayloom.train.guard import bad_step, gradient_guards
+from rayloom.train.guard import StepGuard, bad_step, gradient_guards
 from rayloom.train.meter import BatchCount, StepCount, StreamMeter
 from rayloom.train.monitor import answer
 from rayloom.train.own_settings import OwnSettings
@@ -107,7 +107,19 @@ class StreamTrainer(transformers.Trainer):
         self._evaluated: tuple[int, dict[str, float]] | None = None  # the last evaluation's step and metrics
         self._writer = CheckpointWriter(checkpoints, self._tell_failed)
         self._best = BestRule.of(settings)
-        for guard in gradient_guards(self.args, lambda: self.model_wrapped, self._take_bad_gradients):
+        self._guard = StepGuard(
+            settings.max_loss,
+            stage.large_loss,
+            stops=settings.on_bad_step == "stop",
+            meter=meter,
+            rank=self.args.process_index,
+            ranks=self.args.world_size,
+            device=self.args.device,
+            step=lambda: self.state.global_step,
+            describe=self._bad_step,
+            say=lambda text: self._post("say", lines=[text]),
+        )
+        for guard in gradient_guards(self.args, lambda: self.model_wrapped, self._guard.take_bad_gradients):
             self.add_callback(guard)
         self.stopped = False  # because it was told to
         self.stopped_early = False  # because evaluations got no better
@@ -190,15 +202,7 @@ class StreamTrainer(transformers.Trainer):
         """The stage's loss at the trained positions, or the model's own."""
         with self._clock.part("forward"):
             loss: Any = self._loss(model, inputs, *args, **kwargs)
-        if self._settings.on_bad_step == "stop" and not torch.isfinite(loss.detach()):
-            raise JobError(self._not_finite(f"the loss is {float(loss)}"))
-        return loss
-
-    def _take_bad_gradients(self) -> None:
-        if self._settings.on_bad_step == "stop":
-            raise JobError(self._not_finite("the loss is a number, but its gradient is not"))
-        self.meter.skipped_steps += 1
-        self._post("say", lines=[self._not_finite("the gradient is not a number")])
+        return self._guard.watch(loss, is_last=self.accelerator.sync_gradients)
 
     def _loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         threads = self.row_threads
@@ -213,9 +217,9 @@ class StreamTrainer(transformers.Trainer):
             del inputs["shift_labels"]  # without labels the model computes no loss of its own
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def _not_finite(self, what: str) -> str:
+    def _bad_step(self, what: str) -> str:
         rows = [f"{self._set_names[number]} {row_name(row)}" for number, row in self._taken]
-        return bad_step(self.state.global_step + 1, what, self.args.process_index, rows, self._grad_norm)
+        return bad_step(self.state.global_step + 1, what, rows, self._grad_norm)
 
     # --- evaluation ------------------------------------------------------------------------------------------------
 

@@ -158,6 +158,8 @@ def refusals(optimizer: Any, train: Any, method: Any) -> list[str]:
             faults.append(f"{backward} train.max_grad_norm: null (no clipping), not {train.max_grad_norm:g}")
         if train.precision == "fp16":
             faults.append(f"{backward} train.precision: bf16 or fp32; the loss scale of fp16 is undone later")
+        if train.on_bad_step == "skip":
+            faults.append(f"{backward} train.on_bad_step: stop; where a gradient is seen, it has been used")
     if support.base_weights and method.type not in ("full", "freeze"):
         faults.append(
             f"{kind} trains the model's own weights, not those of method {method.type}; use method full or freeze, "
