@@ -314,14 +314,21 @@ def test_the_sum_is_weighted_and_its_parts_are_kept() -> None:
     assert found.total == pytest.approx([2.0 + 1.0, -0.5 + 2.0])
 
 
-def test_normalized_and_clipped() -> None:
-    sources = [{"type": "unfinished"}]
-    moments = Moments.of([1.0, 3.0, 5.0])
-    plain = RewardSum(RewardsConfig.model_validate({"sources": sources}))
-    both = RewardSum(RewardsConfig.model_validate({"sources": sources, "normalize": True, "clip": 1.0}))
-    assert plain.settled([1.0, 9.0], moments) == [1.0, 9.0]
+def test_normalized_or_whitened_and_clipped() -> None:
+    so_far, of_round = Moments.of([1.0, 3.0, 5.0]), Moments.of([2.0, 6.0])
+
+    def settled(total: list[float], **parts: Any) -> list[float]:
+        config = RewardsConfig.model_validate({"sources": [{"type": "unfinished"}], **parts})
+        return RewardSum(config).settled(total, so_far, of_round)
+
+    assert settled([1.0, 9.0]) == [1.0, 9.0]
     deviation = (8 / 3) ** 0.5
-    assert both.settled([1.0, 2.0, 3.0, 9.0], moments) == pytest.approx([-1.0, -1 / deviation, 0.0, 1.0])
+    normalized = settled([1.0, 2.0, 3.0, 9.0], normalize=True, clip=1.0)
+    assert normalized == pytest.approx([-1.0, -1 / deviation, 0.0, 1.0])
+    assert settled([2.0, 6.0, 9.0], whiten=True) == pytest.approx([-1.0, 1.0, 2.5])
+    assert settled([2.0, 6.0, 9.0], whiten=True, clip=2.0) == pytest.approx([-1.0, 1.0, 2.0])
+    with pytest.raises(ValueError, match="normalize takes the moments of the whole training, whiten those of a round"):
+        settled([], normalize=True, whiten=True)
 
 
 def test_moments_merge_to_those_of_all_numbers() -> None:

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -204,9 +205,9 @@ class PpoTrainer(HeadTrainer):
         answers = of_round.answers or []
         with self._clock.part("rewards"):
             judged = self._judge(answers)
-            for moments in of_all_ranks(Moments.of(judged.total)):
-                self._state.rewards = self._state.rewards.merged(moments)
-            rewards = self._rewards.settled(judged.total, self._state.rewards)
+            moments = reduce(Moments.merged, of_all_ranks(Moments.of(judged.total)))
+            self._state.rewards = self._state.rewards.merged(moments)
+            rewards = self._rewards.settled(judged.total, self._state.rewards, moments)
         with self._clock.part("scores"):
             scored = self._score(answers)
         self._kl_coefficient = self._state.kl.coefficient

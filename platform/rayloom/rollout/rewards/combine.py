@@ -70,14 +70,16 @@ class RewardSum:
         ]
         return Judged(totals, parts)
 
-    def settled(self, total: Sequence[float], moments: Moments) -> list[float]:
-        """The sums as the policy learns from them: normalized and clipped, as the job says.
+    def settled(self, total: Sequence[float], so_far: Moments, of_round: Moments) -> list[float]:
+        """The sums as the policy learns from them: normalized or whitened, and clipped, as the job says.
 
         Args:
-            moments: of all sums of the training so far, these included.
+            so_far: of all sums of the training, these included.
+            of_round: of those of the round, of all ranks.
         """
         found = list(total)
-        if self._config.normalize:
+        if self._config.normalize or self._config.whiten:
+            moments = so_far if self._config.normalize else of_round
             found = [(value - moments.mean) / (moments.deviation + 1e-8) for value in found]
         bound = self._config.clip
         return found if bound is None else [min(bound, max(-bound, value)) for value in found]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from rayloom.config.part import ConfigPart, Number, Whole
 
@@ -124,5 +124,13 @@ class RewardsConfig(ConfigPart):
     """Their weighted sum is an answer's reward; at least one."""
     normalize: bool = False
     """Divide by the deviation of all rewards of the training so far, less their mean."""
+    whiten: bool = False
+    """The sums of each round get mean 0 and deviation 1, over all of its answers; in place of `normalize`."""
     clip: Number | None = Field(default=None, gt=0)
-    """Bound of the reward's absolute value, above 0, after `normalize`. Left out: none."""
+    """Bound of the reward's absolute value, above 0, after `normalize` or `whiten`. Left out: none."""
+
+    @model_validator(mode="after")
+    def _scaled_once(self) -> RewardsConfig:
+        if self.normalize and self.whiten:
+            raise ValueError("normalize takes the moments of the whole training, whiten those of a round; say one")
+        return self
