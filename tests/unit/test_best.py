@@ -36,7 +36,8 @@ def test_a_run(metric, best, values, patience):
 
 def test_what_is_no_number_is_never_the_best():
     rule = BestRule("eval_loss", None, 1)
-    assert not rule.is_better(float("nan"), None)
+    assert not any(rule.is_better(float(value), None) for value in ("nan", "inf", "-inf"))
+    assert not BestRule("eval_rewards/margin", None, 1).is_better(float("inf"), 1.0)
     assert rule.is_better(1.0, None)
     assert not rule.is_over(1000, 1)
 

@@ -42,7 +42,8 @@ def job(folder: Path, **parts: Any) -> JobConfig:
         ({"data": {"mask_history": True}}, "data.mask_history: .* learns from the last answer"),
         ({"model": {"moe_aux_loss": 0.1}}, "model.moe_aux_loss: .* adds no router's loss"),
         ({"train": {"best_metric": "eval_loss/a", "eval_steps": 5}}, "train.best_metric: eval_loss/a is not told"),
-        ({"model": {"add_tokens": ["<new>"]}}, "model.add_tokens: the adapter that goes on"),  # in the second round
+        ({"model": {"add_tokens": ["<new>"]}}, "model.add_tokens: the engines load the model as it is"),
+        ({"model": {"quantization": "nf4"}}, "model.quantization: the engines load the model as it is"),
     ],
 )
 def test_what_a_round_would_refuse_is_refused_before_the_old_run_is_deleted(tmp_path, parts, message):

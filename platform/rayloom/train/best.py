@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -45,8 +46,8 @@ class BestRule:
         return -value if name in SMALLER_IS_BETTER or whole in SMALLER_IS_BETTER else value
 
     def is_better(self, value: float, best: float | None) -> bool:
-        """Whether a value is better than the best one so far; nan never is."""
-        if value != value:
+        """Whether a value is better than the best one so far; one that is no finite number never is."""
+        if not math.isfinite(value):
             return False
         return best is None or self.score(value) > self.score(best)
 

@@ -67,7 +67,7 @@ class KtoTrainer(ExampleTrainer):
         model.train(was_training)
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(total)
-        return max(0.0, float(total[0] / total[1].clamp(min=1)))
+        return float((total[0] / total[1].clamp(min=1)).clamp(min=0.0))  # no number stays none, so the loss tells
 
     def _scores(self, model: Any, inputs: Batch) -> Scores:
         ratios, desirable = self._ratios(model, inputs), inputs["desirable"]

@@ -104,8 +104,9 @@ def check_self_play(job: JobConfig) -> None:
         faults.append(
             "method.type: stage spin trains one new adapter of type lora, without dora, pissa, olora or adapters"
         )
-    if job.model.quantization:
-        faults.append("model.quantization: the engines load the model as it is; leave it out in stage spin")
+    for key in ("quantization", "rope_scaling", "add_tokens", "add_special_tokens", "shifted_attention"):
+        if getattr(job.model, key):
+            faults.append(f"model.{key}: the engines load the model as it is; leave it out in stage spin")
     if job.rewards is not None:
         faults.append("rewards: they are for stage ppo, and this is spin; leave them out")
     if job.data.eval:
