@@ -167,6 +167,26 @@ def test_each_version_that_is_sent_is_the_one_served(tiny_model: Path, engine: V
     assert [Path(folder).exists() for folder in folders] == [False, False, True]
 
 
+def test_when_an_engine_that_shares_its_gpu_sleeps(
+    tiny_model: Path, engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM sleeps on GPUs only, so here it is only told to: awake from new weights to the end of the next answers."""
+    model = adapted(tiny_model, 1)
+    _send(engine, model, 1)
+    expected = _answers(engine, prompts(3), GREEDY)
+    done: list[str] = []
+    answer = engine._llm.generate
+    monkeypatch.setattr(engine, "_options", replace(engine._options, sleeps=True))
+    monkeypatch.setattr(engine._llm, "sleep", lambda level: done.append(f"sleep {level}"))
+    monkeypatch.setattr(engine._llm, "wake_up", lambda: done.append("wake"))
+    monkeypatch.setattr(engine._llm, "generate", lambda *given, **more: done.append("answer") or answer(*given, **more))
+    _send(engine, model, 1)
+    assert done == ["wake"]
+    assert engine.serves().version == 1
+    assert [one.token_ids for one in _answers(engine, prompts(3), GREEDY)] == [one.token_ids for one in expected]
+    assert done == ["wake", "wake", "answer", "sleep 1"]  # one that is awake takes no notice
+
+
 # --- sabotage: each is caught by what the sync itself says ------------------------------------------------------------
 
 

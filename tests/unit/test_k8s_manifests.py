@@ -206,6 +206,16 @@ def test_engines_are_pods_of_their_own():
     assert limits(engines) == {"cpu": "2", "memory": "64Gi", "nvidia.com/gpu": "2"}
 
 
+def test_engines_that_share_gpus_are_in_the_pods_of_the_workers():
+    overrides = ["rollout={engines: 2, share_gpus: true, cpus_per_engine: 1.5}", "train.workers=2"]
+    job = read_job(ROOT / "jobs" / "demo.yaml", overrides).model_copy(update={"stage": PpoConfig()})
+    documents = render(job, OVERLAYS["gpu"])
+    check_documents(documents)
+    (train,) = groups(documents)
+    assert (train["groupName"], train["replicas"]) == ("train", 2)
+    assert limits(train) == {"cpu": "4", "memory": "128Gi", "nvidia.com/gpu": "1"}
+
+
 @pytest.mark.parametrize(
     ("overlay", "overrides", "message"),
     [

@@ -65,6 +65,15 @@ def test_steps_of_a_round() -> None:
         ({"method": {"adapters": ["a", "b"]}, "stage": {"reference": "copy"}}, "method.adapters: merged adapters"),
         ({"model": {"quantization": "nf4"}}, "model.quantization: the engines load the model as it is"),
         ({"rollout": {"tensor_parallel": 2}, "train": {"device": "cpu"}}, "rollout.tensor_parallel: 2 is for GPUs"),
+        (
+            {"rollout": {"share_gpus": True}, "train": {"device": "cpu"}},
+            "rollout.share_gpus: on CPU engines and workers",
+        ),
+        ({"rollout": {"share_gpus": True, "engines": 2}}, "rollout.share_gpus: .*; say rollout.engines: 1"),
+        (
+            {"rollout": {"share_gpus": True}, "train": {"min_workers": 1, "global_batch_size": 8}},
+            "rollout.share_gpus: .*leave train.min_workers out",
+        ),
         ({"optimizer": {"type": "muon"}, "stage": {"value_learning_rate": 1e-3}}, "stage.value_learning_rate: opt"),
         ({"rewards": source(type="function", path="no.py:score")}, r"rewards.sources\[0\].path: no such file"),
         ({"rewards": source(type="format", pattern="(")}, r"rewards.sources\[0\].pattern: '\(' is no regular"),
@@ -91,6 +100,18 @@ def test_what_is_refused(parts: dict[str, Any], message: str) -> None:
         config = job(**parts)
     with pytest.raises(RequestError, match=message):
         check_ppo(config)
+
+
+@pytest.mark.parametrize(
+    ("rollout", "message"),
+    [
+        ({"tensor_parallel": 2}, "share_gpus: an engine shares the one GPU of a worker, and tensor_parallel is 2"),
+        ({"max_staleness": 1}, "share_gpus: the engines sleep .* and max_staleness 1 would have them answer meanwhile"),
+    ],
+)
+def test_engines_that_sleep(rollout: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        job(rollout={"share_gpus": True, **rollout})
 
 
 @pytest.mark.parametrize(

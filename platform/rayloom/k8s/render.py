@@ -70,15 +70,23 @@ def _cluster(job: JobConfig, pods: RayPods) -> dict[str, Any]:
     # Kueue admits a job as a whole; it does not follow an autoscaler.
     is_elastic = train.min_workers is not None and train.min_workers < train.workers and not overlay.queue
     least = train.possible_workers[-1] if is_elastic else train.workers
+    engines = job.rollout if isinstance(job.stage, PpoConfig) else None
+    beside = engines if engines is not None and engines.share_gpus else None  # in the workers' pods
     # One more CPU for the tasks that read and tokenize.
-    amounts = resources(math.ceil(train.cpus_per_worker) + 1, overlay.worker_memory, int(overlay.gpus))
+    cpus = math.ceil(train.cpus_per_worker + (beside.cpus_per_engine if beside else 0)) + 1
+    memory = _sum(overlay.worker_memory, overlay.engine_memory) if beside else overlay.worker_memory
+    amounts = resources(cpus, memory, int(overlay.gpus))
     groups = [pods.workers("train", least, train.workers, amounts, pre_stop=_LEAVE)]
-    if isinstance(job.stage, PpoConfig):
-        rollout = job.rollout
-        gpus = rollout.tensor_parallel if overlay.gpus else 0
-        amounts = resources(math.ceil(rollout.cpus_per_engine), overlay.engine_memory, gpus)
-        groups.append(pods.workers("engines", rollout.engines, rollout.engines, amounts, pre_stop=_LEAVE))
+    if engines is not None and beside is None:
+        gpus = engines.tensor_parallel if overlay.gpus else 0
+        amounts = resources(math.ceil(engines.cpus_per_engine), overlay.engine_memory, gpus)
+        groups.append(pods.workers("engines", engines.engines, engines.engines, amounts, pre_stop=_LEAVE))
     return pods.cluster(groups, **(_autoscaler() if is_elastic else {}))
+
+
+def _sum(one: str, other: str) -> str:
+    """Of two amounts of memory in Gi."""
+    return f"{int(one.removesuffix('Gi')) + int(other.removesuffix('Gi'))}Gi"
 
 
 def _autoscaler() -> dict[str, Any]:

@@ -297,7 +297,7 @@ class Members:
         config, options = self._config, self._options
         bundle = {"CPU": float(config.cpus_per_engine)}
         if options.device == "gpu":
-            bundle["GPU"] = float(config.tensor_parallel)
+            bundle["GPU"] = config.gpus_per_engine
         # An engine on CPU computes with all cores of its node; on GPUs neighbours cost nothing.
         strategy = "PACK" if options.device == "gpu" else "SPREAD"
         self._group = placement_group([bundle] * config.engines, strategy=strategy)
@@ -336,7 +336,7 @@ class Members:
         remote: Any = ray.remote  # its hints do not know all of its options
         member.actor = remote(
             num_cpus=config.cpus_per_engine,
-            num_gpus=config.tensor_parallel if options.device == "gpu" else 0,
+            num_gpus=config.gpus_per_engine if options.device == "gpu" else 0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, member.number),
             runtime_env={"env_vars": process_environment(options, member.threads)},
         )(Engine).remote(options, member.number)

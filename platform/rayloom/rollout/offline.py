@@ -291,7 +291,7 @@ def engine_options(prediction: Prediction, gpus: float) -> EngineOptions:
         device=device,
         tensor_parallel=config.tensor_parallel if device == "gpu" else 1,
         kv_cache_gib=config.kv_cache_gib,
-        gpu_memory=config.gpu_memory,
+        gpu_memory=config.memory_share,
         trust_remote_code=bool(getattr(model, "trust_remote_code", False)),
     )
 

@@ -32,6 +32,8 @@ class EngineOptions:
     tensor_parallel: int = 1
     kv_cache_gib: float = 1.0
     gpu_memory: float = 0.85
+    sleeps: bool = False
+    """Whether it gives its GPU's memory up after every round of answers, until it is given new weights or prompts."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end an answer, besides those that the model's folder names."""
     seed: int = 0

@@ -37,11 +37,7 @@ _VARIABLES = {
 
 
 def process_environment(options: EngineOptions, threads: int) -> dict[str, str]:
-    """Variables of an engine's process, from its very start: OpenMP and vLLM read them on import.
-
-    Args:
-        threads: that it computes with, on CPU.
-    """
+    """Variables of a process with so many threads, from its very start: OpenMP and vLLM read them on import."""
     # In the engine's own process vLLM binds no threads: there are as many as OpenMP is told, wherever the system puts
     # them, beside trainers that use the same cores in turn.
     return _VARIABLES | ({"OMP_NUM_THREADS": str(threads)} if options.device == "cpu" else {})
@@ -78,14 +74,13 @@ class VllmEngine:
         self._options, self._number = options, number
         arguments: dict[str, Any] = {}
         if options.adapter_rank is not None:
-            rank = adapter_rank_limit(options.adapter_rank)
-            arguments |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1}
+            arguments |= {"enable_lora": True, "max_lora_rank": adapter_rank_limit(options.adapter_rank)}
         if options.device == "cpu":
             arguments |= use_cpu_functions() if options.tensor_parallel == 1 else {}  # else vLLM has more processes
             arguments |= {"kv_cache_memory_bytes": int(options.kv_cache_gib * 2**30), "block_size": BLOCK}
             arguments["enable_chunked_prefill"] = False  # it sets generators back, and a CPU's has no way back
         else:
-            arguments["gpu_memory_utilization"] = options.gpu_memory
+            arguments |= {"gpu_memory_utilization": options.gpu_memory, "enable_sleep_mode": options.sleeps}
         self._llm: Any = vllm.LLM(
             model=model_folder(options.model),
             dtype=VLLM_TYPES[options.precision],
@@ -103,6 +98,7 @@ class VllmEngine:
         self._version: int | None = None
         self._loaded = (0, digest_of({}))  # of whole weights: how many tensors the model has read, and which
         self._new = False  # weights came, and no prompt has been answered with them yet
+        self._rest(True)
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -134,13 +130,17 @@ class VllmEngine:
         self._options.check_lengths(prompts, sampling)
         asked = [(prompt, sample) for prompt in prompts for sample in range(prompt.samples)]
         first = [probe] if self._new else []
-        outputs = self._ask(
-            [*first, *(prompt.token_ids for prompt, _ in asked)],
+        self._rest(False)
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": list(ids)} for ids in (*first, *(prompt.token_ids for prompt, _ in asked))],
             [
                 *(self._parameters(Sampling(1, temperature=0), choices=PROBE_CHOICES) for _ in first),
                 *(self._parameters(sampling, seed=prompt.seed + sample) for prompt, sample in asked),
             ],
+            lora_request=self._adapter,
+            use_tqdm=False,
         )
+        self._rest(True)
         said = self._probed(outputs.pop(0)) if first else None
         rollouts = [
             Rollout(
@@ -162,11 +162,11 @@ class VllmEngine:
         Args:
             tensors: what `weights.tensors` refers to.
         """
+        self._rest(False)
         if weights.kind == "adapter":
             self._take_adapter(weights, tensors)
         else:
-            self._drop_adapter(self._adapter)
-            self._adapter = None
+            self._drop_adapter()
             self._loaded = self._take_whole(tensors) if weights.kind == "full" else (0, digest_of({}))
             self._llm.reset_prefix_cache()  # its keys do not say of which weights they are
         self._version, self._new = weights.version, True
@@ -192,6 +192,11 @@ class VllmEngine:
         likeliest = sorted(said, key=lambda token: -said[token])[:PROBE_CHOICES]
         return Probe(self._number, self._version, tuple(likeliest), tuple(said[token] for token in likeliest))
 
+    def _rest(self, sleeps: bool) -> None:
+        """Weights to the host's memory, keys and values forgotten; or back. Where it shares its GPU with a trainer."""
+        if self._options.sleeps:
+            self._llm.sleep(level=1) if sleeps else self._llm.wake_up()
+
     def close(self) -> None:
         """Remove what it has written."""
         self._folders.close()
@@ -212,7 +217,7 @@ class VllmEngine:
                 f"policy version {weights.version} did not arrive: engine {self._number} cannot load the adapter, "
                 f"{len(stored_tensors(str(folder)))} tensors of {weights.count}: {first_line(error)}"
             ) from error
-        self._drop_adapter(self._adapter)
+        self._drop_adapter()
         self._adapter = new
 
     def _take_whole(self, tensors: Mapping[str, Any]) -> tuple[int, str]:
@@ -225,18 +230,11 @@ class VllmEngine:
             shutil.rmtree(str(source))
         return read
 
-    def _drop_adapter(self, adapter: Any) -> None:
-        if adapter is not None:
-            self._llm.llm_engine.remove_lora(adapter.lora_int_id)
-            shutil.rmtree(adapter.lora_path, ignore_errors=True)
-
-    def _ask(self, prompts: Sequence[Sequence[int]], parameters: Sequence[Any]) -> list[Any]:
-        return self._llm.generate(
-            [{"prompt_token_ids": list(ids)} for ids in prompts],
-            list(parameters),
-            lora_request=self._adapter,
-            use_tqdm=False,
-        )
+    def _drop_adapter(self) -> None:
+        if self._adapter is not None:
+            self._llm.llm_engine.remove_lora(self._adapter.lora_int_id)
+            shutil.rmtree(self._adapter.lora_path, ignore_errors=True)
+            self._adapter = None
 
     def _parameters(self, sampling: Sampling, *, seed: int | None = None, choices: int = 0) -> Any:
         from vllm import SamplingParams

@@ -107,12 +107,16 @@ def _jobs_that_fit(jobs: list[JobConfig]) -> int:
     from rayloom.train.resources import jobs_that_fit
 
     different = {json.dumps([_what_it_takes(job)]): job for job in jobs}
-    return min(jobs_that_fit(job.train, partial(engine_bundles, job)) for job in different.values())
+    return min(
+        jobs_that_fit(job.train, partial(engine_bundles, job), job.rollout.gpus_per_worker)
+        for job in different.values()
+    )
 
 
 def _what_it_takes(job: JobConfig) -> list[Any]:
     train, rollout = job.train, job.rollout
-    return [train.possible_workers, train.cpus_per_worker, train.device, rollout.engines, rollout.cpus_per_engine]
+    engines = [rollout.engines, rollout.cpus_per_engine, rollout.gpus_per_engine]
+    return [train.possible_workers, train.cpus_per_worker, train.device, *engines]
 
 
 def _tune(plan: SearchPlan, at_once: int) -> None:

@@ -75,7 +75,11 @@ def run_job(job: JobConfig, *, started: float, verbose: bool = False, host: Host
 
             phases["ray"] = time.time()
             train, resources = settle_workers(
-                asked, wait=not own_cluster, beside=partial(engine_bundles, job), jobs=host.jobs if host else 1
+                asked,
+                wait=not own_cluster,
+                beside=partial(engine_bundles, job),
+                jobs=host.jobs if host else 1,
+                gpus=job.rollout.gpus_per_worker,
             )
             has_bf16 = resources.device == "gpu" or computes_bf16("cpu")
             precision = choose_precision(job.train.precision, resources.device, bf16=has_bf16)

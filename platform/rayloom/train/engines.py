@@ -20,7 +20,7 @@ def engine_bundles(job: JobConfig, device: str) -> list[dict[str, float]]:
     """What each engine takes from the cluster; none for other stages than ppo."""
     if job.stage.type != "ppo":
         return []
-    gpus = {"GPU": float(job.rollout.tensor_parallel)} if device == "gpu" else {}
+    gpus = {"GPU": job.rollout.gpus_per_engine} if device == "gpu" else {}
     return [{"CPU": job.rollout.cpus_per_engine, **gpus}] * job.rollout.engines
 
 
@@ -51,7 +51,8 @@ def engines_of(job: JobConfig, device: str, precision: Precision, first: pa.Tabl
         device="gpu" if device == "gpu" else "cpu",
         tensor_parallel=job.rollout.tensor_parallel,
         kv_cache_gib=job.rollout.kv_cache_gib,
-        gpu_memory=job.rollout.gpu_memory,
+        gpu_memory=job.rollout.memory_share,
+        sleeps=device == "gpu" and job.rollout.share_gpus,
         trust_remote_code=job.model.trust_remote_code,
         seed=job.train.seed,
     )

@@ -151,7 +151,12 @@ class Execution:
         step = self._work.run.cut_back()
         self._breaks.append({"kind": kind, "what": what, "time": time.time(), "from_step": step})
         self._reporter.say(f"{what}; goes on from step {step}")
-        train, resources = settle_workers(self._asked, wait=True, jobs=self._host.jobs if self._host else 1)
+        train, resources = settle_workers(
+            self._asked,
+            wait=True,
+            jobs=self._host.jobs if self._host else 1,
+            gpus=self._work.job.rollout.gpus_per_worker,
+        )
         job = self._work.job.model_copy(update={"train": train})
         self._work = replace(self._work, job=job, resources=resources)
         self._tried_to_grow = time.monotonic()

@@ -26,9 +26,15 @@ NextLogProbs = Callable[[Sequence[int]], torch.Tensor]
 class PolicySync:
     """Knows which version the engines serve."""
 
-    def __init__(self, client: FleetClient, precisions: Set[str], *, is_first_rank: bool) -> None:
-        """`precisions`: what the trainer and the engines compute in."""
-        self._client, self._is_first_rank = client, is_first_rank
+    def __init__(
+        self, client: FleetClient, precisions: Set[str], *, is_first_rank: bool, shares_gpus: bool = False
+    ) -> None:
+        """
+        Args:
+            precisions: what the trainer and the engines compute in.
+            shares_gpus: whether the engines are on the trainers' GPUs (`rollout.share_gpus`).
+        """
+        self._client, self._is_first_rank, self._shares_gpus = client, is_first_rank, shares_gpus
         self._model: Any = None  # whose policy was served last, its parameters, and its adapter's configuration
         self._parameters: dict[str, torch.nn.Parameter] = {}
         self._adapter: dict[str, Any] | None = None
@@ -49,6 +55,8 @@ class PolicySync:
         Raises:
             JobError: an engine does not answer, or does not serve what it was given.
         """
+        if self._shares_gpus:
+            make_room()
         if self._served == version:
             return
         started = time.monotonic()
@@ -89,6 +97,15 @@ class PolicySync:
                     f"by {self._tolerance:g}"
                 )
         self.seconds += time.monotonic() - started
+
+
+def make_room() -> None:
+    """Give back what memory of the GPUs is only kept for later, before an engine wakes on any of them. Every rank calls
+    it."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def plain_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -55,6 +55,8 @@ def _left_over(job: JobConfig) -> Iterator[str]:
     """Parts that the stage does not read."""
     if job.rewards is not None:
         yield f"rewards: they are for stage ppo, and this is {job.stage.type}; leave them out"
+    if job.rollout.share_gpus and job.stage.type == "spin":
+        yield "rollout.share_gpus: in stage spin engines and workers take turns anyway; leave it out"
     if job.rollout != RolloutConfig() and job.stage.type != "spin":
         yield f"rollout: engines are for the stages ppo and spin, and this is {job.stage.type}; leave it out"
 
@@ -106,8 +108,20 @@ def _engines(job: JobConfig) -> Iterator[str]:
             yield f"model.{key}: the engines load the model as it is; leave it out in stage ppo"
     if model.shifted_attention:
         yield "model.shifted_attention: the engines attend as the model does; leave it out in stage ppo"
+    if job.rollout.share_gpus:
+        yield from _shared_gpus(job)
     if job.train.device == "cpu" and job.rollout.tensor_parallel > 1:
         yield f"rollout.tensor_parallel: {job.rollout.tensor_parallel} is for GPUs; on CPU it is 1"
+
+
+def _shared_gpus(job: JobConfig) -> Iterator[str]:
+    train, engines = job.train, job.rollout.engines
+    if train.device == "cpu":
+        yield "rollout.share_gpus: on CPU engines and workers share the cores anyway; leave it out"
+    elif train.min_workers is not None:
+        yield "rollout.share_gpus: each worker shares its GPU with an engine; leave train.min_workers out"
+    elif engines != train.workers:
+        yield f"rollout.share_gpus: each worker shares its GPU with an engine; say rollout.engines: {train.workers}"
 
 
 def _head(job: JobConfig, stage: PpoConfig) -> Iterator[str]:

@@ -65,7 +65,7 @@ def trainer_parts(
     )
     return {
         "fleet": RankFleet(client, rank, ranks, stage.answers, sampling, job.train.seed),
-        "sync": PolicySync(client, {precision, engines}, is_first_rank=rank == 0),
+        "sync": PolicySync(client, {precision, engines}, is_first_rank=rank == 0, shares_gpus=rollout.share_gpus),
         "rewards": RewardSum(job.rewards),
         "reward_models": partial(_reward_models, job, model, dtype),
         "per_rank": stage.prompts // ranks,

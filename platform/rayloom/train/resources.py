@@ -32,10 +32,11 @@ class Resources:
     """Threads that a worker on CPU computes with: its share of the cores of the largest node."""
 
 
-def plan_resources(train: TrainConfig, taken: float = 0.0, jobs: int = 1) -> Resources:
+def plan_resources(train: TrainConfig, taken: float = 0.0, jobs: int = 1, gpus: float = 1.0) -> Resources:
     """Choose the device and what is left for reading data.
 
     Args:
+        gpus: of each worker, where the device is a GPU: less than 1 where something else has the rest of it.
         taken: CPUs that something else of the job holds.
         jobs: how many jobs like this one share the cluster, each with its part.
 
@@ -46,7 +47,7 @@ def plan_resources(train: TrainConfig, taken: float = 0.0, jobs: int = 1) -> Res
     if train.device == "gpu" and not total.get("GPU"):
         raise RequestError(f"train.device: gpu: the cluster has no GPU; it has {describe(total)}. Use cpu or auto")
     device = "gpu" if train.device != "cpu" and total.get("GPU") else "cpu"
-    per_worker = {"CPU": train.cpus_per_worker} | ({"GPU": 1.0} if device == "gpu" else {})
+    per_worker = {"CPU": train.cpus_per_worker} | ({"GPU": gpus} if device == "gpu" else {})
     cores = max((node["Resources"].get("CPU", 1.0) for node in ray.nodes() if node["Alive"]), default=1.0)
     neighbours = max(1, min(train.workers * jobs, int(cores // train.cpus_per_worker)))
     threads = max(1, int(cores) // neighbours)
@@ -60,7 +61,12 @@ Bundles = list[dict[str, float]]
 
 
 def settle_workers(
-    train: TrainConfig, *, wait: bool, beside: Callable[[str], Bundles] = lambda device: [], jobs: int = 1
+    train: TrainConfig,
+    *,
+    wait: bool,
+    beside: Callable[[str], Bundles] = lambda device: [],
+    jobs: int = 1,
+    gpus: float = 1.0,
 ) -> tuple[TrainConfig, Resources]:
     """With how many workers to train now, and on what: the most whose placement group can be made, asked for again and
     again for at most `train.wait_for_resources` seconds. A machine that died is counted among the living for a while.
@@ -70,37 +76,38 @@ def settle_workers(
         wait: whether the cluster may grow; else what it has not got at all is refused at once.
         beside: what else must find room, by the device ("cpu" or "gpu").
         jobs: how many jobs like this one share the cluster.
+        gpus: as of `plan_resources`.
 
     Raises:
         RequestError: saying what was asked for, what there is and what is free.
     """
-    plan = plan_resources(train, jobs=jobs)
+    plan = plan_resources(train, jobs=jobs, gpus=gpus)
     bundle, others = plan.per_worker, beside(plan.device)
     fewest = train.with_workers(train.possible_workers[-1])
     if not wait:
-        jobs_that_fit(train, beside)
+        jobs_that_fit(train, beside, gpus)
     deadline = time.monotonic() + train.wait_for_resources
     while True:
         for workers in [n for n in train.possible_workers if _fits(bundle, n)] or [fewest.workers]:
             left = max(0.0, deadline - time.monotonic())
-            if _can_place(
-                [bundle] * workers + others, left if fewest.workers == train.workers else min(_TRY_SECONDS, left)
+            if _can_place(  # engines first, as they start first: on a shared GPU a worker has what they leave
+                others + [bundle] * workers, left if fewest.workers == train.workers else min(_TRY_SECONDS, left)
             ):
                 settled = train.with_workers(workers)
-                return settled, plan_resources(settled, sum(other["CPU"] for other in others), jobs)
+                return settled, plan_resources(settled, sum(other["CPU"] for other in others), jobs, gpus)
         if time.monotonic() >= deadline:
             waited = f"not free after {train.wait_for_resources:g} s (train.wait_for_resources)"
             raise RequestError(_shortage(fewest, bundle, others, waited))
 
 
-def jobs_that_fit(train: TrainConfig, beside: Callable[[str], Bundles] = lambda device: []) -> int:
+def jobs_that_fit(train: TrainConfig, beside: Callable[[str], Bundles] = lambda device: [], gpus: float = 1.0) -> int:
     """How many jobs like this one the cluster holds at a time, each with the fewest workers that it may have.
 
     Raises:
         RequestError: not one.
     """
     fewest = train.with_workers(train.possible_workers[-1])
-    plan = plan_resources(fewest)
+    plan = plan_resources(fewest, gpus=gpus)
     bundle, others = plan.per_worker, beside(plan.device)
     jobs = 0
     while _fits(bundle, fewest.workers * (jobs + 1)) and _hold(([bundle] * fewest.workers + others) * (jobs + 1)):
