@@ -36,7 +36,10 @@ arguments = transformers.TrainingArguments(
     train_sampling_strategy="sequential", logging_steps=1, optim="adamw_torch",
 )
 trainer = transformers.Trainer(Model(), arguments, train_dataset=rows)
-for guard in gradient_guards(arguments, lambda: trainer.model_wrapped, stop):
+class Guard:
+    take_bad_gradients = staticmethod(stop)
+
+for guard in gradient_guards(arguments, trainer, Guard):
     trainer.add_callback(guard)
 trainer.train()
 print("all steps made")

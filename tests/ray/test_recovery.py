@@ -145,8 +145,8 @@ def test_steps_that_are_skipped(
     assert (result["status"], result["steps"]) == ("finished", 6)
     assert 4 <= result["skipped_steps"] <= 5
     said = capsys.readouterr().out
-    assert re.search(r"step 6: the (loss is|gradient is not a number) .*on rank 0, and no step was made with it", said)
-    assert said.count("The rows of this rank's batch (chunk:row): ") >= result["skipped_steps"]
+    assert re.search(r"step 6: the (loss is|gradient is not a number) .*, and no step was made with it", said)
+    assert said.count("The rows of ") >= result["skipped_steps"]
 
 
 @pytest.mark.slow

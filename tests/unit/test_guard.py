@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,6 +15,8 @@ from rayloom.errors import JobError
 from rayloom.train.guard import (
     DroppedSteps,
     GradientGuard,
+    MadeSteps,
+    ScaledSteps,
     StepGuard,
     all_finite,
     bad_step,
@@ -47,21 +49,54 @@ def test_no_step_is_made(bad):
 
 
 def test_what_looks_at_the_gradients():
-    engine, met = SimpleNamespace(skipped_steps=3), []
+    met: list[str] = []
+
+    def take(only_known: bool = False) -> None:
+        met.append("known" if only_known else "bad")
+
+    trainer: Any = SimpleNamespace(
+        model_wrapped=SimpleNamespace(skipped_steps=3), accelerator=SimpleNamespace(optimizer_step_was_skipped=False)
+    )
 
     def guards(**arguments: Any) -> list[Any]:
         given: Any = SimpleNamespace(**{"fp16": False, "deepspeed": None, **arguments})
-        return gradient_guards(given, lambda: engine, lambda: met.append(1))
+        return gradient_guards(given, trainer, cast(Any, SimpleNamespace(take_bad_gradients=take)))
 
-    assert guards(fp16=True) == guards(fp16=True, deepspeed={"zero_optimization": {"stage": 2}}) == []
+    assert guards(fp16=True, deepspeed={"zero_optimization": {"stage": 2}}) == []
     assert [type(guard) for guard in guards()] == [GradientGuard]
     (guard,) = guards(deepspeed={"zero_optimization": {"stage": 2}})
     assert type(guard) is DroppedSteps
     for dropped in (3, 4, 4):
         guard.on_step_begin(None, None, None)
-        engine.skipped_steps = dropped
+        trainer.model_wrapped.skipped_steps = dropped
         guard.on_optimizer_step(None, None, None)
-    assert met == [1]  # those of before a resume are not news
+    assert met == ["bad"]  # those of before a resume are not news
+    met.clear()
+    (guard,) = guards(fp16=True)
+    assert type(guard) is ScaledSteps
+    for is_dropped in (False, True, False, *[True] * 40):
+        trainer.accelerator.optimizer_step_was_skipped = is_dropped
+        guard.on_optimizer_step(None, None, None)
+    assert met == ["known"] * 41 + ["bad"]  # a scale that goes down now and then is as it should be
+
+
+def test_steps_that_were_left_out_are_not_in_the_mean():
+    total, left_out = torch.tensor(0.0), [False]
+    made = MadeSteps(lambda: left_out[0], lambda: total)
+    for losses, is_left_out in (((1.0, 2.0), False), ((4.0, torch.nan), True), ((0.5, 0.5), False)):
+        made.on_step_begin(None, None, None)
+        for loss in losses:
+            total += loss
+        left_out[0] = is_left_out
+        made.on_step_end(None, None, None)
+    assert made.mean(float(total) / 3) == 2.0  # transformers divides by all three
+    total.zero_()
+    made.on_step_begin(None, None, None)
+    total += torch.inf
+    left_out[0] = True
+    made.on_step_end(None, None, None)
+    assert float(total) == 0.0
+    assert made.mean(float(total) / 1) is None
 
 
 @pytest.mark.parametrize(
@@ -92,7 +127,8 @@ def guard_of(
         ranks=1,
         device="cpu",
         step=lambda: step,
-        describe=lambda what: f"step {step}: {what}",
+        rows=lambda: ["rows 0:7"],
+        describe=lambda what, rows, whose: f"step {step}: {what}; {whose}: {' '.join(rows)}",
         say=said.append,
     )
 
@@ -112,8 +148,11 @@ def test_the_mean_of_a_step_counts_not_that_of_a_batch() -> None:
     assert step(0.5, 22.0) == [0.5, 22.0]
     kept, dropped = step(0.75, 22.0)
     assert (kept, math.isnan(dropped)) == (0.75, True)
-    assert said == ["step 0: the loss is 22.75, and the most that it may be is 22.5 (by the first step's, 2.25)"]
+    guard.take_bad_gradients()  # of which there is none now
+    what = "the loss is 22.75, and the most that it may be is 22.5 (by the first step's, 2.25)"
+    assert said == [f"step 0: {what}; the step: rows 0:7"]
     assert (meter.skipped_steps, meter.first_loss) == (1, 2.25)
+    assert step(2.0, 2.0) == [2.0, 2.0]  # it is over
 
 
 def test_a_resumed_job_has_the_same_limit(tmp_path: Any) -> None:
@@ -134,33 +173,50 @@ def test_what_the_job_says_goes_before_what_follows() -> None:
 
 
 def test_a_loss_that_is_no_number() -> None:
-    with pytest.raises(JobError, match="the loss is nan on rank 0"):
+    with pytest.raises(JobError, match="the loss is nan on rank 0; rank 0's batch: rows 0:7"):
         guard_of([], StreamMeter.start(1), stops=True).watch(torch.tensor(math.nan), is_last=False)
     said: list[str] = []
     meter = StreamMeter.start(1)
     guard = guard_of(said, meter)
-    for loss, is_last in ((math.inf, False), (math.nan, True)):
+    for loss, is_last in ((math.inf, False), (2.0, False), (math.nan, True)):
         assert math.isnan(float(guard.watch(torch.tensor(loss), is_last=is_last)))
-    guard.take_bad_gradients()
-    assert said == ["step 0: the loss is inf on rank 0"]  # one step, told once
+    guard.take_bad_gradients(only_known=True)
+    assert said == ["step 0: the loss is nan on rank 0; these ranks' batches: rows 0:7"]
     assert (meter.skipped_steps, meter.first_loss) == (1, None)
+    assert float(guard.watch(torch.tensor(2.0), is_last=True)) == 2.0
+    guard.take_bad_gradients(only_known=True)  # the scale of fp16 has gone down
+    assert meter.skipped_steps == 1
 
 
 def test_a_gradient_that_is_no_number() -> None:
-    with pytest.raises(JobError, match="the loss is a number, but its gradient is not a number on rank 0"):
+    with pytest.raises(JobError, match="the loss is a number, but its gradient is not; the step: rows 0:7"):
         guard_of([], StreamMeter.start(1), stops=True).take_bad_gradients()
     said: list[str] = []
     meter = StreamMeter.start(1)
     for step in (3, 4):
         guard_of(said, meter, step).take_bad_gradients()
-    assert said == ["step 3: the gradient is not a number on rank 0", "step 4: the gradient is not a number on rank 0"]
+    assert said == [f"step {step}: the gradient is not a number; the step: rows 0:7" for step in (3, 4)]
     assert meter.skipped_steps == 2
 
 
+def test_whether_the_last_step_was_left_out() -> None:
+    steps = [5]
+    guard = guard_of([], StreamMeter.start(1))
+    guard._step = lambda: steps[0]
+    assert not guard.left_out_last
+    guard.take_bad_gradients()
+    steps[0] = 6
+    assert guard.left_out_last
+    steps[0] = 7
+    assert not guard.left_out_last
+
+
 def test_the_rows_are_named():
-    text = bad_step(8, "the loss is nan on rank 1", [f"rows 0:{number}" for number in range(40)], (7, 2.3456))
+    text = bad_step(
+        8, "the loss is nan on rank 1", [f"rows 0:{number}" for number in range(40)], "the step", (7, 2.3456)
+    )
     assert text.startswith(
         "step 8: the loss is nan on rank 1, and no step was made with it; the gradient's norm was 2.35"
     )
     assert "rows 0:31 and 8 more. Lower train.learning_rate" in text
-    assert "no step was logged yet. The rows" in bad_step(1, "the loss is nan", ["rows 0:1"], (0, None))
+    assert "no step was logged yet. The rows" in bad_step(1, "the loss is nan", ["rows 0:1"], "the step", (0, None))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import transformers
 
 from rayloom.errors import JobError
-from rayloom.train.collective import over_ranks
+from rayloom.train.collective import of_all_ranks, over_ranks
 from rayloom.train.meter import StreamMeter
 
 _NAMED = 32  # rows that a message names at most
+_MOST_DROPPED = 40  # steps on end in fp16: the loss's scale, which halves each time, is far below 1 by then
 _TIMES = 10  # the first step's loss: Megatron's factor for losses that are unexpectedly large
 
 
@@ -39,9 +41,10 @@ class StepGuard:
         stops: whether a bad step ends the job (`train.on_bad_step`).
         meter: counts the steps that were left out, and keeps the first step's loss, so that a resumed job has the same
             limit.
-        step: how many steps have been made.
-        describe: what a bad step is told as, from what is wrong with it.
-        say: tells the user.
+        step: how many steps have been made or left out.
+        rows: of this rank's batches in the step, by name.
+        describe: what a bad step is told as, from what is wrong with it, the rows, and whose they are.
+        say: tells the user; of the first rank.
     """
 
     def __init__(
@@ -55,62 +58,117 @@ class StepGuard:
         ranks: int,
         device: Any,
         step: Callable[[], int],
-        describe: Callable[[str], str],
+        rows: Callable[[], list[str]],
+        describe: Callable[[str, Sequence[str], str], str],
         say: Callable[[str], None],
     ) -> None:
         self._max_loss, self._large_loss, self._stops = max_loss, large_loss, stops
         self._meter, self._rank, self._ranks, self._device = meter, rank, ranks, device
-        self._step, self._describe, self._say = step, describe, say
+        self._step, self._rows, self._describe, self._say = step, rows, describe, say
         self._sum: torch.Tensor | float = 0.0  # of the step's batches so far
-        self._left_out = -1  # the step behind which the last one was left out
+        self._own: str | None = None  # what is wrong with the loss of this rank
+        self._large: str | None = None  # what is wrong with the mean loss, which all ranks know
+        self._left_out = -1
+
+    @property
+    def left_out_last(self) -> bool:
+        """Whether the last step was left out."""
+        return self._left_out == self._step() - 1
 
     def watch(self, loss: torch.Tensor, *, is_last: bool) -> torch.Tensor:
-        """The loss, or, where its step shall not be made, no number: its gradient is none either, and
-        `gradient_guards` see to the rest.
+        """The loss; where its step shall not be made no number, so that its gradient is none either. What looks at
+        gradients sees to the rest (`gradient_guards`).
 
         Args:
             loss: the batch's share of the step's mean, times the ranks.
-            is_last: whether it is the step's last batch on this rank.
+            is_last: whether it is the step's last batch. All ranks have as many.
 
         Raises:
             JobError: the loss is bad, and such a step ends the job.
         """
-        fault = self._fault(loss.detach(), is_last)
-        if fault is None:
+        if not torch.isfinite(loss.detach()):
+            self._own = f"the loss is {float(loss)} on rank {self._rank}"
+            if self._stops:  # the other ranks may not know, and are not asked
+                raise JobError(self._describe(self._own, self._rows(), f"rank {self._rank}'s batch"))
+        elif self._own is None and self._large is None and not self._has_limit:
             return loss
-        self._take(fault)
-        return loss * torch.nan
+        if self._has_limit:
+            self._sum = self._sum + loss.detach().double()
+            self._large = self._too_large() if is_last else None
+        if self._large is not None and self._stops:
+            self.take_bad_gradients()
+        return loss * torch.nan if self._own or self._large else loss
 
-    def take_bad_gradients(self) -> None:
-        """As `watch`, behind the backward pass."""
-        bad = f"gradient is not a number on rank {self._rank}"
-        self._take(f"the loss is a number, but its {bad}" if self._stops else f"the {bad}")
+    def take_bad_gradients(self, *, only_known: bool = False) -> None:
+        """Leave a step out whose gradients are no numbers, and tell why. Every rank calls it.
 
-    def _take(self, fault: str) -> None:
+        Args:
+            only_known: whether the gradients themselves are no reason.
+
+        Raises:
+            JobError: such a step ends the job.
+        """
+        told = of_all_ranks((self._own, self._rows()))
+        large, self._own, self._large = self._large, None, None
+        guilty = [one for one in told if one[0] is not None]
+        fault = large or next((own for own, _ in guilty), None)
+        if fault is None and only_known:
+            return
+        if fault is None:
+            fault = "the loss is a number, but its gradient is not" if self._stops else "the gradient is not a number"
+        rows = [name for _, of_rank in (guilty if not large and guilty else told) for name in of_rank]
+        text = self._describe(fault, rows, "the step" if large or not guilty else "these ranks' batches")
         if self._stops:
-            raise JobError(self._describe(fault))
-        if self._left_out == self._step():
-            return  # it has been counted and told
+            raise JobError(text)
         self._left_out = self._step()
         self._meter.skipped_steps += 1
-        self._say(self._describe(fault))
+        if self._rank == 0:
+            self._say(text)
 
-    def _fault(self, loss: torch.Tensor, is_last: bool) -> str | None:
-        own = None if torch.isfinite(loss) else f"the loss is {float(loss)} on rank {self._rank}"
-        if (own and self._stops) or (self._max_loss is None and self._large_loss is None):
-            return own
-        self._sum = self._sum + loss.double()
-        if not is_last:
-            return own
-        mean = float(over_ranks(self._sum.reshape(1), self._device)[0]) / self._ranks  # every rank comes here
+    @property
+    def _has_limit(self) -> bool:
+        return self._max_loss is not None or self._large_loss is not None
+
+    def _too_large(self) -> str | None:
+        """Whether the mean loss of the step is. Every rank calls it."""
+        mean = float(over_ranks(torch.as_tensor(self._sum).reshape(1), self._device)[0]) / self._ranks
         self._sum = 0.0
         limit = loss_limit(self._max_loss, self._meter.first_loss, self._large_loss)
         if self._meter.first_loss is None and math.isfinite(mean):
             self._meter.first_loss = mean
-        if own is not None or not mean > limit:
-            return own
+        if not mean > limit or not math.isfinite(mean):
+            return None
         why = "train.max_loss" if self._max_loss is not None else f"by the first step's, {self._meter.first_loss:.3g}"
         return f"the loss is {mean:.4g}, and the most that it may be is {limit:.4g} ({why})"
+
+
+class MadeSteps(transformers.TrainerCallback):
+    """Takes the losses of steps that were left out back from the sum of which transformers logs the mean.
+
+    Args:
+        left_out_last: whether the last step was left out.
+        total: transformers' sum since the last row of metrics.
+    """
+
+    def __init__(self, left_out_last: Callable[[], bool], total: Callable[[], torch.Tensor]) -> None:
+        self._left_out_last, self._total = left_out_last, total
+        self._before = torch.zeros(())
+        self._steps = self._left_out = 0  # since the last row
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._before = self._total().clone()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._steps += 1
+        if self._left_out_last():
+            self._left_out += 1
+            self._total().copy_(self._before)
+
+    def mean(self, over_all: float) -> float | None:
+        """From the mean over all steps since the last row that over those that were made; None: none was."""
+        steps, made = self._steps, self._steps - self._left_out
+        self._steps = self._left_out = 0
+        return over_all * steps / made if made else None
 
 
 class GradientGuard(transformers.TrainerCallback):
@@ -156,21 +214,50 @@ class DroppedSteps(transformers.TrainerCallback):
             self._on_bad()
 
 
-def gradient_guards(
-    arguments: transformers.TrainingArguments, engine: Callable[[], Any], on_bad: Callable[[], None]
-) -> list[transformers.TrainerCallback]:
-    """What looks at the gradients of a training. Nothing in fp16: there gradients that are too large are what tells the
-    loss's scale to go down, and the step is dropped with it.
+class ScaledSteps(transformers.TrainerCallback):
+    """The same for fp16, where gradients that are too large tell the loss's scale to go down, and no step is made.
 
     Args:
-        engine: the model as it is trained, DeepSpeed's where that is used.
-        on_bad: as of `GradientGuard`.
+        was_dropped: whether the last step was.
+        on_known: called where one was: its loss may have been bad.
+        on_bad: called after so many on end that it is not the scale.
     """
-    if arguments.fp16:
-        return []
+
+    def __init__(
+        self, was_dropped: Callable[[], bool], on_known: Callable[[], None], on_bad: Callable[[], None]
+    ) -> None:
+        self._was_dropped, self._on_known, self._on_bad = was_dropped, on_known, on_bad
+        self._on_end = 0
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._on_end = self._on_end + 1 if self._was_dropped() else 0
+        if self._on_end:
+            self._on_known()
+        if self._on_end >= _MOST_DROPPED:
+            self._on_bad()
+
+
+def gradient_guards(
+    arguments: transformers.TrainingArguments, trainer: Any, guard: StepGuard
+) -> list[transformers.TrainerCallback]:
+    """What looks at the gradients of a training.
+
+    Args:
+        trainer: transformers', whose model may be DeepSpeed's, and whose accelerator knows what fp16 has dropped.
+    """
     if arguments.deepspeed:
-        return [DroppedSteps(lambda: int(engine().skipped_steps), on_bad)]
-    return [GradientGuard(on_bad)]
+        if arguments.fp16:  # it gives up by itself where its scale cannot go down any more
+            return []
+        return [DroppedSteps(lambda: int(trainer.model_wrapped.skipped_steps), guard.take_bad_gradients)]
+    if arguments.fp16:
+        return [
+            ScaledSteps(
+                lambda: bool(trainer.accelerator.optimizer_step_was_skipped),
+                partial(guard.take_bad_gradients, only_known=True),
+                guard.take_bad_gradients,
+            )
+        ]
+    return [GradientGuard(guard.take_bad_gradients)]
 
 
 def all_finite(tensors: list[torch.Tensor]) -> bool:
@@ -179,11 +266,12 @@ def all_finite(tensors: list[torch.Tensor]) -> bool:
     return bool(torch.stack([norm.float() for norm in norms]).isfinite().all())
 
 
-def bad_step(step: int, what: str, rows: Sequence[str], norm_before: tuple[int, float | None]) -> str:
+def bad_step(step: int, what: str, rows: Sequence[str], whose: str, norm_before: tuple[int, float | None]) -> str:
     """Why the job ends before such a step has spoilt the weights, and where to look.
 
     Args:
-        rows: of this rank's batches, by name.
+        rows: by name.
+        whose: they are.
         norm_before: the step that was logged last, and its gradient's norm.
     """
     logged, norm = norm_before
@@ -191,6 +279,6 @@ def bad_step(step: int, what: str, rows: Sequence[str], norm_before: tuple[int, 
     more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
     return (
         f"step {step}: {what}, and no step was made with it; {before}. "
-        f"The rows of this rank's batch (chunk:row): {', '.join(rows[:_NAMED])}{more}. "
+        f"The rows of {whose} (chunk:row): {', '.join(rows[:_NAMED])}{more}. "
         "Lower train.learning_rate, compute in bf16 or fp32, or look at these rows"
     )

@@ -100,7 +100,7 @@ class PreferenceTrainer(ExampleTrainer):
         now = self._now.to(self.args.device)
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(now)
-        if now.isfinite().all():  # else the step was skipped, and its rewards would spoil the mean for good
+        if not self._guard.left_out_last and now.isfinite().all():  # else they would spoil the mean for good
             self._before += now.cpu()
         self._now.zero_()
 

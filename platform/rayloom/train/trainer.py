@@ -37,7 +37,7 @@ from rayloom.train.clock import RowClock, StepClock
 from rayloom.train.config import TrainConfig
 from rayloom.train.evaluate import evaluate
 from rayloom.train.frozen_head import FrozenHeadLoss
-from rayloom.train.guard import StepGuard, bad_step, gradient_guards
+from rayloom.train.guard import MadeSteps, StepGuard, bad_step, gradient_guards
 from rayloom.train.meter import BatchCount, StepCount, StreamMeter
 from rayloom.train.monitor import answer
 from rayloom.train.own_settings import OwnSettings
@@ -116,13 +116,20 @@ class StreamTrainer(transformers.Trainer):
             ranks=self.args.world_size,
             device=self.args.device,
             step=lambda: self.state.global_step,
-            describe=self._bad_step,
+            rows=self._row_names,
+            describe=lambda what, rows, whose: bad_step(self.state.global_step + 1, what, rows, whose, self._grad_norm),
             say=lambda text: self._post("say", lines=[text]),
         )
-        for guard in gradient_guards(self.args, lambda: self.model_wrapped, self._guard.take_bad_gradients):
-            self.add_callback(guard)
+        self._made_steps = MadeSteps(lambda: self._guard.left_out_last, lambda: self._tr_loss)
+        for callback in (self._made_steps, *gradient_guards(self.args, self, self._guard), _WhenWrapped(self._begin)):
+            self.add_callback(callback)
         self.stopped = False  # because it was told to
         self.stopped_early = False  # because evaluations got no better
+
+    def _begin(self) -> None:
+        """The model is wrapped, and the checkpoint is loaded."""
+        if self.state.global_step:
+            self._saved_step = self.state.global_step  # written again, it could break off, and be lost
 
     # --- data --------------------------------------------------------------------------------------------------------
 
@@ -217,9 +224,9 @@ class StreamTrainer(transformers.Trainer):
             del inputs["shift_labels"]  # without labels the model computes no loss of its own
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def _bad_step(self, what: str) -> str:
-        rows = [f"{self._set_names[number]} {row_name(row)}" for number, row in self._taken]
-        return bad_step(self.state.global_step + 1, what, rows, self._grad_norm)
+    def _row_names(self) -> list[str]:
+        """Of this rank's examples in the step."""
+        return [f"{self._set_names[number]} {row_name(row)}" for number, row in self._taken]
 
     # --- evaluation ------------------------------------------------------------------------------------------------
 
@@ -332,11 +339,14 @@ class StreamTrainer(transformers.Trainer):
         """Post a row of metrics to the driver."""
         if "loss" not in logs:  # transformers' closing summary; `result.json` says it better
             return
+        loss = self._made_steps.mean(logs["loss"])
+        if loss is None:  # no step was made since the last row
+            return
         row: dict[str, Any] = {
             "step": self.state.global_step,
             "epoch": self.meter.epochs_done,
             "progress": self._progress(),
-            "loss": logs["loss"],
+            "loss": loss,
             "learning_rate": logs["learning_rate"],
             # A layer-wise optimizer takes each gradient as it comes and leaves none to measure.
             "grad_norm": None if self._optimizer_config.type.endswith("layerwise") else logs.get("grad_norm"),
@@ -390,7 +400,7 @@ class StreamTrainer(transformers.Trainer):
             self._saved_meter().save(folder, self.state.global_step)
             self.save_own(folder)
         score = None
-        if self._best is not None and self._evaluated is not None and self._evaluated[0] == self.state.global_step:
+        if self._best is not None and self.state.best_global_step == self.state.global_step and self._evaluated:
             score = self._best.score(self._evaluated[1][self._best.metric])
         with self._clock.part("checkpoint"):
             self._writer.write(folder, self.state.global_step, score=score, is_first_rank=self.is_world_process_zero())

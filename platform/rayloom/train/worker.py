@@ -283,7 +283,7 @@ def _arguments(
         use_cpu=device == "cpu",
         deepspeed=deepspeed_config(train, precision, deepspeed),
         logging_steps=train.logging_steps,
-        logging_nan_inf_filter=train.on_bad_step == "skip",  # else a loss that is not a number must be seen
+        logging_nan_inf_filter=False,  # it would count a step that was left out as one of loss 0
         save_strategy="steps",
         save_steps=train.save_steps,
         ignore_data_skip=True,  # the stream starts at the position; there is nothing to skip
