@@ -189,7 +189,7 @@ def test_an_engine_that_is_killed_comes_back_with_the_weights(
     event = _served_again(fleet)
     assert event["engine"] == 1
     assert "engine 1 died while it was to generate" in event["what"]
-    assert 0 < event["seconds"] < 120
+    assert 0 < event["seconds"] < 60
     afterwards = fleet.generate(rounds[3], 0, 1, asked, LONG)
     assert {r.engine for r in afterwards} == {0, 1}
     assert _texts(afterwards) == _texts(undisturbed)
@@ -210,6 +210,27 @@ def test_an_engine_that_hangs_is_ended_and_started_again(tiny_model: Path, fleet
     assert fleet.processes()[0] != hanging
     with pytest.raises(ProcessLookupError):
         os.kill(hanging, 0)
+
+
+@pytest.mark.slow
+def test_engines_that_share_gpus_are_all_asleep_before_a_round_is_handed_out(tiny_model: Path, cluster: None) -> None:
+    """Also one that died meanwhile: it would wake beside a trainer that has its memory."""
+    config = CONFIG.model_copy(update={"share_gpus": True})
+    fleet = start_fleet(config, _options(tiny_model), PROBE)
+    try:
+        _sync(fleet, tiny_model, 1)
+        asked = prompts(48, samples=4)
+        fleet.generate(1, 0, 1, asked, LONG)
+        pending = fleet.ask(2, 0, 1, asked, LONG)
+        time.sleep(0.3)
+        os.kill(fleet.processes()[1], signal.SIGKILL)
+        assert len(pending.collect()) == 48 * 4
+        (event,) = fleet.events()
+        assert event["seconds"] is not None  # it serves again, and was told to rest
+        assert fleet.processes().keys() == {0, 1}
+        assert [gpus for _, gpus in fleet.gpus()] == [(), ()]
+    finally:
+        fleet.stop()
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from tests.engine.reference import (
     noisy,
     prompts,
 )
+from transformers import AutoTokenizer
 
 from rayloom.errors import JobError, RequestError
 from rayloom.rollout.adapter_folders import adapter_rank_limit, pack
@@ -127,6 +128,59 @@ def test_tokens_are_drawn_as_often_as_the_model_says(tiny_model: Path, engine: V
     freedom = sum(len(count) for count, _ in pairs) - 1
     assert freedom >= 5
     assert statistic < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_an_answer_ends_at_a_stop_text(tiny_model: Path, engine: VllmEngine) -> None:
+    """Of one token or of several, and nowhere else: up to there it is the answer that it would have been."""
+    _send(engine, adapted(tiny_model, 1), 1)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    asked, free = prompts(6, samples=4), replace(DRAWN, max_tokens=40)
+    whole = _answers(engine, asked, free)
+
+    def text(ids: tuple[int, ...]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    letter = min("abcdefghijklmnopqrstuvwxyz", key=lambda one: abs(sum(one in text(a.token_ids) for a in whole) - 8))
+    pairs = [text(one.token_ids[n : n + 2]) for one in whole for n in range(8, len(one.token_ids) - 1)]
+    stop = (
+        letter,
+        next(two for two in pairs if two.isascii() and two.isprintable() and len(two) > 1 > two.count(letter)),
+    )
+    ended, pair_alone = 0, False
+    for one, found in zip(whole, _answers(engine, asked, replace(free, stop=stop)), strict=True):
+        ends = (n for n in range(1, len(one.token_ids) + 1) if any(word in text(one.token_ids[:n]) for word in stop))
+        end = next(ends, None)
+        assert found.token_ids == one.token_ids[:end]
+        assert found.log_probs == pytest.approx(one.log_probs[:end], abs=reference.TOLERANCE)
+        assert found.finish_reason == ("stop" if end is not None else one.finish_reason)
+        ended += end is not None
+        pair_alone |= end is not None and letter not in text(one.token_ids[:end])
+    assert 0 < ended < len(whole)
+    assert pair_alone
+
+
+def test_no_answer_is_shorter_than_it_may_be(tiny_model: Path, engine: VllmEngine) -> None:
+    """Until then no token that ends an answer is drawn, and the log-probabilities are of the others alone; a stop text
+    ends nothing either."""
+    model, fewest = adapted(tiny_model, 1), 30
+    _send(engine, model, 1)
+    asked, free = prompts(4, samples=60), Sampling(max_tokens=40)
+    assert any(len(one.token_ids) < fewest for one in _answers(engine, asked, free))
+    found = _answers(engine, asked, replace(free, min_tokens=fewest))
+    lengths = [len(one.token_ids) for one in found]
+    assert min(lengths) >= fewest
+    assert any(length < 40 for length in lengths)  # behind that they end as ever
+    end = list(engine.stop_token_ids)
+    for one in found[::60]:
+        ids = torch.tensor([[*asked[one.prompt].token_ids, *one.token_ids]])
+        with torch.no_grad():
+            logits = model(ids).logits[0, len(asked[one.prompt].token_ids) - 1 : -1].double()
+        logits[:fewest, end] = -torch.inf
+        expected = logits.log_softmax(-1).gather(-1, torch.tensor(one.token_ids)[:, None])[:, 0]
+        assert one.log_probs == pytest.approx(expected.tolist(), abs=reference.TOLERANCE)
+    stopped = _answers(engine, asked, replace(free, min_tokens=10, stop=("e",)))
+    assert min(len(one.token_ids) for one in stopped) >= 10
+    assert any(len(one.token_ids) < fewest for one in stopped)
 
 
 def test_more_tokens_than_vllm_takes_in_a_step(tiny_model: Path, engine: VllmEngine) -> None:

@@ -68,6 +68,21 @@ def test_the_best_is_kept(train: dict[str, Any], tiny_model: Path, tmp_path: Pat
     assert all(torch.equal(saved[name], plain[name]) for name in plain)
 
 
+@pytest.mark.slow
+def test_of_equal_evaluations_the_first_is_kept(tiny_model: Path, sets: list[dict[str, Any]], tmp_path: Path) -> None:
+    """At a rate of nothing all are equal; Ray would keep the later ones."""
+    still = {"learning_rate": 1e-30, "scheduler": "constant", "max_steps": 8, "save_steps": 2, "eval_steps": 2}
+    part = {**still, "best_metric": "eval_loss", "keep_checkpoints": 2}
+    config = job(tiny_model, tmp_path, sets, data={"held_out": 0.2}, train=part)
+    result, rows = run(config)
+    losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    assert losses == [losses[0]] * 4
+    assert result["best"] == {"metric": "eval_loss", "value": losses[0], "step": 2, "of_steps": 8}
+    kept = sorted(path.name for path in (config.run_dir / "checkpoints").glob("step-*"))
+    assert kept == ["step-00000002", "step-00000008"]
+    assert (config.run_dir / "model" / "adapter_model.safetensors").exists()
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """Two megabytes of storage."""

@@ -64,6 +64,8 @@ def ppo_job(model: Path, folder: Path, output: Path, name: str, **parts: Any) ->
         "learning_rate": 5e-3,
     }
     rollout = {"max_tokens": 12, "kv_cache_gib": 0.25, **parts.pop("rollout", {})}
+    source = {"type": "function", "path": f"{folder / 'rewards.py'}:vowels"}
+    rewards = {"sources": [source], **parts.pop("rewards", {})}
     return job(
         model,
         output,
@@ -71,7 +73,7 @@ def ppo_job(model: Path, folder: Path, output: Path, name: str, **parts: Any) ->
         name,
         stage=stage,
         rollout=rollout,
-        rewards={"sources": [{"type": "function", "path": f"{folder / 'rewards.py'}:vowels"}]},
+        rewards=rewards,
         train={**train, **parts.pop("train", {})},
         **parts,
     )
@@ -104,10 +106,36 @@ def test_the_reward_rises_and_the_numbers_fit_each_other(model: Path, folder: Pa
     assert last["reward"] > first["reward"] + 0.3
     assert evaluations[-1]["eval_reward"] > first["reward"] + 0.3  # of prompts that were never learnt from
     assert result["examples"] == {"rows": 8 * 32}
+    # What is learnt from are the tokens of answers, each in two epochs, and not those of prompts.
+    assert result["trained_tokens"] == round(2 * 32 * sum(row["answer_tokens"] for row in rounds))
     assert result["engines"]["version"] == 8
     assert result["engine_breaks"] == []
     assert (config.run_dir / "model" / "value_head.safetensors").exists()
     assert all(name.startswith("base_model.") for name in policy(config))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left_out", [0, 7])
+def test_it_ends_with_its_last_epoch(model: Path, folder: Path, tmp_path: Path, left_out: int) -> None:
+    """Two rounds and a half; behind them nothing, or rows that are too long."""
+    texts = [f"word {n}?" for n in range(50)] + ["long " * 100] * left_out
+    rows = [{"instruction": text, "output": "1"} for text in texts]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = ppo_job(
+        model,
+        folder,
+        tmp_path,
+        "epoch",
+        data={"train": [{"path": str(tmp_path / "some.jsonl")}], "manifest": True},
+        stage={"prompts": 20, "epochs": 1},
+        train={"batch_size": 10, "max_steps": None, "epochs": 1},
+    )
+    result, found = run(config)
+    assert (result["status"], result["epochs_done"]) == ("finished", 1.0)
+    assert result["examples"] == {"some": 50}
+    assert sum(result["dropped"]["some"].values()) == left_out
+    assert [row["step"] for row in found] == [1, 2, 3, 4, 5]
+    assert (config.run_dir / "model" / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.slow

@@ -108,8 +108,14 @@ def test_a_process_dies(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("deepspeed", ["none", "zero2"])  # DeepSpeed's collectives have groups of their own
 def test_a_worker_that_hangs(
-    head: LocalHead, undisturbed: JobConfig, tiny_model: Path, sets: list[dict[str, Any]], tmp_path: Path
+    deepspeed: str,
+    head: LocalHead,
+    undisturbed: JobConfig,
+    tiny_model: Path,
+    sets: list[dict[str, Any]],
+    tmp_path: Path,
 ) -> None:
     """The other one waits for it no longer than it is told to, and the job goes on without it."""
     stopped: list[psutil.Process] = []
@@ -118,7 +124,7 @@ def test_a_worker_that_hangs(
         stopped.append(processes(head, "RayTrainWorker")[0])
         stopped[0].suspend()
 
-    two = {"workers": 2, "batch_size": 4, "collective_timeout": 10}
+    two = {"workers": 2, "batch_size": 4, "collective_timeout": 10, "deepspeed": deepspeed}
     config = long_job(tiny_model, tmp_path, sets, "hung", **two)
     try:
         with at_step(config, KILL_AT, stop):

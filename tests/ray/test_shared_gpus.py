@@ -10,6 +10,9 @@ import tempfile
 
 import pytest
 
+from rayloom.errors import JobError
+from rayloom.train.policy_sync import check_shared_gpu
+
 PROGRAM = """
 import asyncio, json, sys
 from functools import partial
@@ -52,6 +55,15 @@ for attempt in range(2):  # the workers of a job that goes on after a fault are 
     remove_placement_group(group)
 print("FOUND", json.dumps({"engines": engines, "workers": found}))
 """
+
+
+def test_a_worker_beside_the_engine_of_another_job_is_told() -> None:
+    engines = [("a" * 12, ("0",)), ("b" * 12, ("0",))]
+    check_shared_gpu(("b" * 12, ("0",)), engines)
+    check_shared_gpu(("c" * 12, ()), engines)  # on CPU
+    for place in (("a" * 12, ("1",)), ("c" * 12, ("0",))):
+        with pytest.raises(JobError, match=r"a worker is on GPU . of node (aaa|ccc).*the engines are on GPU 0 of"):
+            check_shared_gpu(place, engines)
 
 
 @pytest.mark.parametrize(("count", "how"), [(1, "shared"), (4, "shared"), (2, "apart")])

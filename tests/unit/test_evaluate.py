@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from rayloom.data.rows import SCHEMA
 from rayloom.train.batch import TrainedPositions
+from rayloom.train.best import BestRule
 from rayloom.train.evaluate import evaluate
 from rayloom.train.example_trainer import Scores
 from rayloom.train.preference_trainer import PreferenceTrainer
@@ -92,13 +93,22 @@ def test_an_infinite_loss_makes_an_infinite_mean(loss):
     assert found["eval_loss/x"] == 1.0
 
 
-@pytest.mark.parametrize("bad", [NAN, math.inf])
+def test_where_nothing_was_evaluated_there_is_no_number():
+    """0 would be the best loss of all."""
+    found = evaluated(([], EMPTY))
+    assert math.isnan(found["eval_loss"])
+    assert not BestRule("eval_loss", None, 1).is_better(found["eval_loss"], None)
+
+
+@pytest.mark.parametrize("bad", [NAN, math.inf, 400.0])
 def test_rewards_of_a_skipped_step_are_no_part_of_their_mean(bad):
     trainer: Any = object.__new__(PreferenceTrainer)
+    trainer._guard = SimpleNamespace(left_out_last=bad == 400.0)  # a large loss has rewards that are numbers
     trainer.args, trainer._shifts = SimpleNamespace(device=torch.device("cpu")), True
     trainer._before = torch.tensor([6.0, 4.0], dtype=torch.float64)
     trainer._now = torch.tensor([bad, 4.0], dtype=torch.float64)
     trainer._settle_rewards()
+    trainer._guard.left_out_last = False
     assert trainer._options("bco_pair") == {"shift": 1.5}
     trainer._now += torch.tensor([4.0, 1.0], dtype=torch.float64)  # the next step is counted again
     trainer._settle_rewards()

@@ -28,7 +28,8 @@ def at(epoch: int, segment: int, row: int) -> Position:
 
 
 def token_rows(*rows: dict[str, Any]) -> pa.Table:
-    return pa.Table.from_pylist([{**NOTHING, **row} for row in rows], schema=SCHEMA)
+    filled = [{"continued": [False] * len(row.get("sets", ())), **NOTHING, **row} for row in rows]
+    return pa.Table.from_pylist(filled, schema=SCHEMA)
 
 
 ROWS = (
@@ -208,3 +209,11 @@ def test_steps_add_up_over_a_resume(tmp_path):
     resumed, _ = StreamMeter.load(tmp_path)
     StepCount(Position(0, 2, 0), 1.0, [10, 4, 0, 2, 3, *range(PER_SET)], sets=1).add_to(resumed)
     assert resumed == StreamMeter(Position(0, 2, 0), [6], [2 * n for n in range(PER_SET)], 20, 8, 1.0)
+
+
+def test_a_piece_that_goes_on_has_a_name_and_is_counted_once():
+    rows = [{**ROWS[1], "sets": [1, 0], "rows": [13, 10], "continued": [True, False], "counts": [0] * 2 * PER_SET}]
+    count = BatchCount(2)
+    count.add(token_rows(*rows))
+    assert count.names == [(1, 13), (0, 10)]
+    assert count.share("cpu", stop=False).examples == 1

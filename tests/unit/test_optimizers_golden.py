@@ -11,6 +11,7 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rayloom.errors import JobError
 from rayloom.methods.optimizers.adam_mini import AdamMini, block_count
 from rayloom.methods.optimizers.apollo import Apollo
 from rayloom.methods.optimizers.badam import BAdam, active_block, active_entries, layer_choice, ratio_choice
@@ -19,8 +20,7 @@ from rayloom.methods.optimizers.config import AdamWConfig, MuonConfig
 from rayloom.methods.optimizers.galore import GaLore
 from rayloom.methods.optimizers.layerwise import LayerWise
 from rayloom.methods.optimizers.projection import random_projection
-from rayloom.train.schedule import learning_rate_factor
-from rayloom.train.trainer import ProgressSchedule
+from rayloom.train.schedule import ProgressSchedule, learning_rate_factor
 
 BETA1, BETA2, EPS, LR, DECAY = 0.9, 0.99, 1e-8, 0.1, 0.01
 STEPS = 7
@@ -152,6 +152,28 @@ def test_layerwise_galore_is_galore_in_the_backward_pass():
             optimizer.step()
     for one, other in zip(whole, pieces, strict=True):
         assert torch.equal(one, other)
+
+
+def test_layerwise_makes_no_step_with_what_is_no_number():
+    (weight,) = weights((2, 2))
+    before = weight.detach().clone()
+    layerwise = LayerWise([torch.optim.AdamW([weight], lr=0.1)])
+    met: list[int] = []
+    layerwise.on_bad = lambda: met.append(1)
+    (weight * torch.nan).sum().backward()
+    assert met == [1]
+    assert torch.equal(weight, before)
+    assert weight.grad is None
+
+    def stop() -> None:
+        raise JobError("stopped")
+
+    layerwise.on_bad = stop
+    with pytest.raises(JobError, match="stopped"):  # through the backward pass
+        (weight * torch.inf).sum().backward()
+    weight.grad = None
+    weight.sum().backward()
+    assert not torch.equal(weight, before)
 
 
 def test_badam_by_layers():

@@ -9,7 +9,7 @@ import torch
 import transformers
 from tests.optimizer_cases import CASES, batch, config_of, optimizer_of, small_model, train_step
 
-from rayloom.train.trainer import StreamTrainer
+from rayloom.train.optimizer_trainer import OptimizerTrainer
 
 IN_BF16 = ["adam-mini", "badam", "badam-ratio", "galore"]
 STOP, STEPS = 3, 7  # within a period of two steps, and over several
@@ -44,10 +44,10 @@ def test_stop_and_resume_by_files(case, dtype, tmp_path):
     assert any(not torch.equal(start[name], weight) for name, weight in whole.named_parameters())
 
 
-class Trainer(transformers.Trainer):
-    """transformers' trainer with Rayloom's way to an optimizer."""
+class Trainer(OptimizerTrainer):
+    """With data and a schedule of transformers' own."""
 
-    create_optimizer = StreamTrainer.create_optimizer
+    create_scheduler = transformers.Trainer.create_scheduler
 
     def __init__(self, case: str, **kw: Any) -> None:
         super().__init__(**kw)

@@ -10,7 +10,7 @@ import peft
 import pyarrow as pa
 import pytest
 from tests.unit.test_ppo_rules import FUNCTION, job
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rayloom.config.job import JobConfig
 from rayloom.errors import RequestError
@@ -70,6 +70,25 @@ def test_lengths_and_heads(tiny_model: Path, parts: dict[str, Any], message: str
     check_lengths_and_heads(job(model={"path": str(tiny_model)}))
     with pytest.raises(RequestError, match=message):
         check_lengths_and_heads(job(model={"path": str(tiny_model)}, **parts))
+
+
+@pytest.mark.parametrize(("parallel", "is_right"), [(1, True), (2, True), (4, True), (3, False), (8, False)])
+def test_heads_for_keys_and_values_are_shared_too(tmp_path: Path, parallel: int, is_right: bool) -> None:
+    config = LlamaConfig(num_attention_heads=12, num_key_value_heads=2, hidden_size=48)
+    config.save_pretrained(tmp_path)
+    asked = job(model={"path": str(tmp_path)}, rollout={"tensor_parallel": parallel})
+    if is_right:
+        check_lengths_and_heads(asked)
+    else:
+        with pytest.raises(RequestError, match=r"12 heads \(2 for keys and values\); it may be 1, 2, 4, 6, 12"):
+            check_lengths_and_heads(asked)
+
+
+def test_an_adapter_is_no_reward_model_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
+    for name in ("value_head.safetensors", "adapter_config.json"):
+        (tmp_path / name).touch()
+    with pytest.raises(RequestError, match=r"rewards.sources\[0\].path: .* holds an adapter; say type: adapter"):
+        check_reward_models(with_reward(tiny_model, "model", tmp_path))
 
 
 def test_tensor_parallel_engines_on_a_cluster_without_gpus() -> None:

@@ -74,6 +74,16 @@ def test_steps_of_a_round() -> None:
             {"rollout": {"share_gpus": True}, "train": {"min_workers": 1, "global_batch_size": 8}},
             "rollout.share_gpus: .*leave train.min_workers out",
         ),
+        ({"optimizer": {"type": "schedule_free_adamw"}, "train": {"scheduler": "constant"}}, "optimizer.type: sche"),
+        (
+            {"data": {"held_out": 0.1}, "train": {"eval_steps": 6, "best_metric": "eval_reward", "early_stopping": 1}},
+            "train.eval_steps: 6: evaluations wait for the end of a round, which has 4 steps; .* such as 8",
+        ),
+        ({"model": {"train_from_scratch": True}, "method": {"type": "full"}}, "model.train_from_scratch: the engines"),
+        (
+            {"rewards": source(type="model", path="r"), "train": {"deepspeed": "zero3"}},
+            r"rewards.sources\[0\].type: model: zero3 would not shard the reward model",
+        ),
         ({"optimizer": {"type": "muon"}, "stage": {"value_learning_rate": 1e-3}}, "stage.value_learning_rate: opt"),
         ({"rewards": source(type="function", path="no.py:score")}, r"rewards.sources\[0\].path: no such file"),
         ({"rewards": source(type="format", pattern="(")}, r"rewards.sources\[0\].pattern: '\(' is no regular"),

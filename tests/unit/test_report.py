@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib import pyplot
 
 from rayloom.train.report import Reporter, mean_loss, metrics_line, parse_metrics_line, plot_loss
 
@@ -72,3 +73,23 @@ def test_the_picture_is_one(tmp_path):
     for rows in ([{"step": 1, "loss": 2.0}], [{"step": n, "loss": 3.0 / n} for n in range(1, 9)]):
         plot_loss(rows, [{"step": 1, "eval_loss": 2.5}], tmp_path / "loss.png", "a title")
         assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_the_picture_has_the_curves_of_its_rows(evaluated, tmp_path, monkeypatch):
+    drawn: list[Any] = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)  # a figure that stays open can be read
+    rows = [{"step": 3 * number, "loss": 4.0 / number} for number in range(1, 6)]
+    evaluations = [{"step": step, "eval_loss": 3.0 - step / 10} for step in (6, 15)] if evaluated else []
+    plot_loss(rows, evaluations, tmp_path / "loss.png", "a title")
+    monkeypatch.undo()
+    (figure,) = drawn
+    pyplot.close(figure)
+    (axes,) = figure.axes
+    curves = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
+    assert curves["loss"] == [(row["step"], row["loss"]) for row in rows]
+    assert len(curves["smoothed"]) == len(rows)
+    assert curves.get("evaluation", []) == [(row["step"], row["eval_loss"]) for row in evaluations]
+    named = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert named == ["loss", "smoothed", *(["evaluation"] if evaluated else [])]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("optimizer step", "loss per trained token")

@@ -70,6 +70,7 @@ def test_packed_rows():
             "answer": None,
             "sets": [0, 0],
             "rows": [5, 8],
+            "continued": [False, False],
             "counts": [1, 0],
             "cursors": [0, 1, 3, 8, 10],
             "epoch": 1,
@@ -86,6 +87,7 @@ def test_packed_rows():
             "answer": None,
             "sets": [0],
             "rows": [2],
+            "continued": [False],
             "counts": [],
             "cursors": [0, 1, 3, 8, 10],
             "epoch": 1,
@@ -127,7 +129,8 @@ def test_runs_of_like_length_come_in_any_order():
 def test_a_piece_that_goes_on_is_no_new_example():
     pieces = [Encoded([1, 2, 3], [-100, 2, 3], 0, 7), Encoded([3, 4], [-100, 4], 0, 7, continues=True)]
     table = segment_table(segment(), pieces, [0, 0], capacity=3, seed=0)
-    assert table["rows"].to_pylist() == [[7], []]
+    assert table["rows"].to_pylist() == [[7], [7]]
+    assert table["continued"].to_pylist() == [[False], [True]]
     assert table["input_ids"].to_pylist() == [[1, 2, 3], [3, 4]]
 
 

@@ -275,6 +275,27 @@ def test_what_must_stay_as_it_was(tmp_path, change, faults):
 
 
 @pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"rollout": {"max_staleness": 1}}, "rollout.max_staleness differs"),
+        ({"rollout": {"temperature": 0.5, "engines": 2}}, "rollout.temperature differs"),
+        ({"rewards": {"sources": [{"type": "http", "url": "http://a/", "weight": 2.0}]}}, "rewards.sources differs"),
+        ({"rewards": {"sources": [{"type": "http", "url": "http://b:1/", "timeout": 9, "retries": 9}]}}, None),
+        ({"rollout": {"engines": 2, "generate_timeout": 9}}, None),
+    ],
+)
+def test_what_answers_and_rewards_depend_on_must_stay(tmp_path, change, fault):
+    ppo = {"stage": {"type": "ppo"}, "rewards": {"sources": [{"type": "http", "url": "http://a/"}]}}
+    an_earlier_run(make_job(tmp_path, **ppo), "stopped", steps=8)
+    resuming = make_job(tmp_path, resume=True, **{**ppo, **change})
+    if fault is None:
+        check_run_dir(resuming)
+    else:
+        (message,) = refusal(resuming, tmp_path)
+        assert message.startswith(f"resume: {fault}")
+
+
+@pytest.mark.parametrize(
     "change", [{"workers": 5}, {"epochs": 9}, {"learning_rate": 1.0}, {"logging_steps": 1}, {"device": "cpu"}]
 )
 def test_what_may_change(tmp_path, change):

@@ -105,7 +105,9 @@ def test_long_text_goes_on_in_further_rows(tmp_path):
     rows = zip(table["input_ids"].to_pylist(), table["labels"].to_pylist(), strict=True)
     trained = sorted(chr(label) for _, labels in rows for label in labels[1:] if label >= 0)
     assert trained == sorted("bcdefghijklmnop" + "yz")
-    assert sum(len(names) for names in table["rows"].to_pylist()) == 2
+    assert sum(one is False for row in table["continued"].to_pylist() for one in row) == 2
+    assert len({name for row in table["rows"].to_pylist() for name in row}) == 2
+    assert len(table["rows"].combine_chunks().flatten()) == 4  # the first text has three pieces
     assert counts(table, 0) == {"nothing to train": 1}
 
 

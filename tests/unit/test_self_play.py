@@ -11,7 +11,7 @@ import pytest
 
 from rayloom.config.document import Document
 from rayloom.config.job import JobConfig
-from rayloom.config.read import validate_job
+from rayloom.config.read import dump_job, validate_job
 from rayloom.data.example import Example, Message
 from rayloom.data.index import make_plan
 from rayloom.data.plan import Position
@@ -52,6 +52,45 @@ def test_what_a_round_would_refuse_is_refused_before_the_old_run_is_deleted(tmp_
     with pytest.raises(RequestError, match=message):
         run_self_play(config, started=time.time())
     assert [one.name for one in config.run_dir.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"rollout": {"share_gpus": True}}, "rollout.share_gpus: in stage spin engines and workers take turns"),
+        ({"rollout": {"max_staleness": 1}}, "rollout.max_staleness: in stage spin"),
+        ({"method": {"extra_modules": ["lm_head"]}}, "method.extra_modules: the engines serve adapters only"),
+        ({"method": {"rank": 1024}}, "method.rank: 1024: the engines serve adapters up to rank 512"),
+        ({"model": {"train_from_scratch": True}}, "model.train_from_scratch: the engines load the model as it is"),
+        (
+            {"data": {"train": [{"path": "a.jsonl", "prompts_only": True}], "mix": "concat"}},
+            r"data.train\[0\].prompts_only: stage spin learns from the answers",
+        ),
+        ({"data": {"train": ["nowhere.jsonl"], "mix": "concat"}}, "nowhere.jsonl"),
+    ],
+)
+def test_what_is_refused_before_the_old_run_is_deleted(tmp_path, parts, message):
+    config = job(tmp_path, overwrite=True, **parts)
+    (config.run_dir / "model").mkdir(parents=True)
+    (config.run_dir / "job.yaml").write_text(dump_job(config))
+    with pytest.raises(RequestError, match=message):
+        run_self_play(config, started=time.time())
+    assert sorted(one.name for one in config.run_dir.iterdir()) == ["job.yaml", "model"]
+
+
+def test_it_goes_on_as_the_job_that_it_was(tmp_path):
+    began = job(tmp_path)
+    began.run_dir.mkdir(parents=True)
+    (began.run_dir / "job.yaml").write_text(dump_job(began))
+    for parts, fault in (
+        ({"stage": {"beta": 0.5}}, "stage.beta differs"),
+        ({"rollout": {"temperature": 0.5}}, "rollout.temperature differs"),
+        ({"data": {"cutoff": 32}}, "data.cutoff differs"),
+    ):
+        with pytest.raises(RequestError, match=f"resume: {fault} from the run's own"):
+            run_self_play(job(tmp_path, resume=True, **parts), started=time.time())
+    with pytest.raises(RequestError, match=r"a.jsonl"):  # which is not there; more rounds are no fault
+        run_self_play(job(tmp_path, resume=True, stage={"rounds": 7}), started=time.time())
 
 
 def test_a_job_that_can_be(tmp_path):

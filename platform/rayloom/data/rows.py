@@ -43,8 +43,9 @@ SCHEMA = pa.schema(
         "position_ids": pa.list_(pa.int32()),
         "desirable": pa.int8(),  # whether the row's answer was judged a good one: 1 or 0, -1 where nobody judged it
         "answer": pa.string(),  # of a row that is a bare prompt: the answer that the data has to it
-        "sets": pa.list_(pa.int32()),  # of each example in the row: the number of its data set ...
-        "rows": pa.list_(pa.int64()),  # ... and its row there, `row_id`
+        "sets": pa.list_(pa.int32()),  # of each example in the row: the number of its data set, ...
+        "rows": pa.list_(pa.int64()),  # ... its row there, `row_id`, ...
+        "continued": pa.list_(pa.bool_()),  # ... and whether it goes on from an earlier piece, which was counted
         "counts": pa.list_(pa.int64()),  # on a segment's first row: `COUNTERS` of each set, sets first
         "epoch": pa.int64(),
         "segment": pa.int64(),
@@ -123,7 +124,6 @@ def segment_table(
         np.concatenate([positions[: example.border], positions[: length - example.border]])
         for example, length in zip(examples, lengths, strict=True)
     ]
-    whole = [[index for index in group if not examples[index].continues] for group in groups]
     cursors = flatten_cursors(start)
     columns = {
         "input_ids": _lists(groups, ids, pa.int32()),
@@ -131,8 +131,9 @@ def segment_table(
         "position_ids": _lists(groups, of_examples, pa.int32()),
         "desirable": [judgement(examples[group[0]].desirable if group else None) for group in groups],
         "answer": [examples[group[0]].answer if group else None for group in groups],
-        "sets": [[examples[index].set for index in group] for group in whole],
-        "rows": [[examples[index].row for index in group] for group in whole],
+        "sets": [[examples[index].set for index in group] for group in groups],
+        "rows": [[examples[index].row for index in group] for group in groups],
+        "continued": [[examples[index].continues for index in group] for group in groups],
         "counts": [list(counts), *([] for _ in groups[1:])],
         "epoch": [start.epoch] * len(groups),
         "segment": [start.segment] * len(groups),

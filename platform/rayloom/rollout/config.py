@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from rayloom.config.part import ConfigPart, Number, Whole
+from rayloom.rollout.request import Sampling
 
 
 class RolloutConfig(ConfigPart):
@@ -69,6 +70,17 @@ class RolloutConfig(ConfigPart):
     def memory_share(self) -> float:
         """Of a GPU's memory, what an engine takes while it is awake."""
         return self.gpu_memory or (0.5 if self.share_gpus else 0.85)
+
+    def sampling(self, *, max_tokens: int | None = None, temperature: float | None = None) -> Sampling:
+        """How answers are drawn, but for what the caller says."""
+        return Sampling(
+            max_tokens=max_tokens or self.max_tokens,
+            temperature=self.temperature if temperature is None else temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_tokens=min(self.min_tokens, max_tokens or self.max_tokens),
+            stop=tuple(self.stop),
+        )
 
     @model_validator(mode="after")
     def _can_share(self) -> RolloutConfig:

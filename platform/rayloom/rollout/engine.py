@@ -25,6 +25,13 @@ class Started:
     stop_token_ids: tuple[int, ...]
 
 
+def place_and_gpus() -> tuple[str, tuple[str, ...]]:
+    """Of the process that asks: Ray's id of its node, and Ray's numbers of the GPUs that it has there."""
+    import ray
+
+    return ray.get_runtime_context().get_node_id(), tuple(map(str, ray.get_gpu_ids()))
+
+
 class Engine:
     """What Ray runs: one call at a time, in the order in which they come."""
 
@@ -76,6 +83,15 @@ class Engine:
         began = time.monotonic()
         rollouts, said = self._engine.generate(prompts, sampling, probe)
         return rollouts, said, time.monotonic() - began
+
+    def rest(self) -> None:
+        """Give up the memory of a GPU that is shared, until there are new weights or prompts."""
+        assert self._engine is not None
+        self._engine.rest()
+
+    def gpus(self) -> tuple[str, tuple[str, ...]]:
+        """Ray's id of the node, and its numbers of the GPUs there."""
+        return place_and_gpus()
 
     def close(self) -> None:
         """Remove what the engine has written."""

@@ -147,6 +147,8 @@ class Fleet:
                     left += share
                 else:
                     rollouts += result
+        if self._config.share_gpus:  # before anyone trains on them
+            await self._members.rest()
         self._count["prompts"] += len(prompts)
         self._count["tokens"] += sum(len(rollout.token_ids) for rollout in rollouts)
         self._count["generate_seconds"] += time.monotonic() - began
@@ -184,6 +186,10 @@ class Fleet:
         call."""
         probes, self._members.probes = self._members.probes, []
         return probes
+
+    async def gpus(self) -> list[tuple[str, tuple[str, ...]]]:
+        """Of each engine Ray's id of its node, and the numbers of its GPUs there."""
+        return await self._members.gpus()
 
     async def wait_for(self, version: int) -> None:
         """Return when the engines serve a version, and that was checked."""
@@ -299,6 +305,10 @@ class FleetClient:
     def probes(self) -> list[Probe]:
         """What engines computed on the probe since the last call (`Fleet.probes`)."""
         return self._get(self.fleet.probes.remote(), "the probes", _WORD_SECONDS)
+
+    def gpus(self) -> list[tuple[str, tuple[str, ...]]]:
+        """Where the engines are (`Fleet.gpus`)."""
+        return self._get(self.fleet.gpus.remote(), "where the engines are", self.patience)
 
     def wait_for(self, version: int) -> None:
         """Wait until the engines serve a version that another rank sends."""

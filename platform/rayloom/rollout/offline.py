@@ -97,7 +97,7 @@ def prediction_of(
         model=config,
         prompts=prompts,
         output=Path(output),
-        sampling=Sampling(max_tokens or rollout.max_tokens, temperature=temperature, stop=tuple(rollout.stop)),
+        sampling=rollout.sampling(max_tokens=max_tokens, temperature=temperature),
         rollout=rollout,
         adapter=adapter,
         format=format,
@@ -293,6 +293,7 @@ def engine_options(prediction: Prediction, gpus: float) -> EngineOptions:
         kv_cache_gib=config.kv_cache_gib,
         gpu_memory=config.memory_share,
         trust_remote_code=bool(getattr(model, "trust_remote_code", False)),
+        revision=model.revision,
     )
 
 

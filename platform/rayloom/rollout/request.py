@@ -38,6 +38,8 @@ class EngineOptions:
     """Tokens that end an answer, besides those that the model's folder names."""
     seed: int = 0
     trust_remote_code: bool = False
+    revision: str | None = None
+    """`model.revision`."""
 
     def check_lengths(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
         """Refuse a prompt that with its answer is longer than an engine takes.

@@ -83,6 +83,8 @@ class VllmEngine:
             arguments |= {"gpu_memory_utilization": options.gpu_memory, "enable_sleep_mode": options.sleeps}
         self._llm: Any = vllm.LLM(
             model=model_folder(options.model),
+            revision=options.revision,
+            tokenizer_revision=options.revision,
             dtype=VLLM_TYPES[options.precision],
             max_model_len=max(options.max_length, 2 * BLOCK),  # probes fit too
             tensor_parallel_size=options.tensor_parallel,
@@ -98,7 +100,7 @@ class VllmEngine:
         self._version: int | None = None
         self._loaded = (0, digest_of({}))  # of whole weights: how many tensors the model has read, and which
         self._new = False  # weights came, and no prompt has been answered with them yet
-        self._rest(True)
+        self.rest()
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -130,7 +132,7 @@ class VllmEngine:
         self._options.check_lengths(prompts, sampling)
         asked = [(prompt, sample) for prompt in prompts for sample in range(prompt.samples)]
         first = [probe] if self._new else []
-        self._rest(False)
+        self.rest(sleeps=False)
         outputs = self._llm.generate(
             [{"prompt_token_ids": list(ids)} for ids in (*first, *(prompt.token_ids for prompt, _ in asked))],
             [
@@ -140,7 +142,6 @@ class VllmEngine:
             lora_request=self._adapter,
             use_tqdm=False,
         )
-        self._rest(True)
         said = self._probed(outputs.pop(0)) if first else None
         rollouts = [
             Rollout(
@@ -162,7 +163,7 @@ class VllmEngine:
         Args:
             tensors: what `weights.tensors` refers to.
         """
-        self._rest(False)
+        self.rest(sleeps=False)
         if weights.kind == "adapter":
             self._take_adapter(weights, tensors)
         else:
@@ -192,7 +193,7 @@ class VllmEngine:
         likeliest = sorted(said, key=lambda token: -said[token])[:PROBE_CHOICES]
         return Probe(self._number, self._version, tuple(likeliest), tuple(said[token] for token in likeliest))
 
-    def _rest(self, sleeps: bool) -> None:
+    def rest(self, *, sleeps: bool = True) -> None:
         """Weights to the host's memory, keys and values forgotten; or back. Where it shares its GPU with a trainer."""
         if self._options.sleeps:
             self._llm.sleep(level=1) if sleeps else self._llm.wake_up()

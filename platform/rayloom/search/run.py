@@ -106,6 +106,8 @@ def _jobs_that_fit(jobs: list[JobConfig]) -> int:
     from rayloom.train.engines import engine_bundles
     from rayloom.train.resources import jobs_that_fit
 
+    if any(job.rollout.share_gpus for job in jobs):
+        return 1  # else Ray might put a worker beside the engine of another trial
     different = {json.dumps([_what_it_takes(job)]): job for job in jobs}
     return min(
         jobs_that_fit(job.train, partial(engine_bundles, job), job.rollout.gpus_per_worker)

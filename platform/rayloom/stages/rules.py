@@ -75,10 +75,11 @@ def _router_loss(job: JobConfig) -> str | None:
 def _best_metric(job: JobConfig) -> str | None:
     """What the evaluations of the stage do not say cannot be the best of them."""
     metric = job.train.best_metric
+    if not (job.data.eval or job.data.held_out):
+        key = "best_metric" if metric else "eval_steps" if job.train.eval_steps else None
+        return f"train.{key}: nothing is evaluated; say data.held_out or data.eval" if key else None
     if metric is None:
         return None
-    if not (job.data.eval or job.data.held_out):
-        return "train.best_metric: nothing is evaluated; say data.held_out or data.eval"
     own = job.stage.measures if job.stage.rows == "prompts" else ("loss", *job.stage.measures)
     possible = [f"eval_{name}" for name in CHOOSING if name in own]
     sets = [item.name for item in job.data.eval or job.data.train]

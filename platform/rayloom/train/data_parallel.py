@@ -177,12 +177,16 @@ def _join(address: str, port: int, collectives: str, *, timeout_seconds: int) ->
     if collectives == "nccl":
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # else a hung peer is waited for without end
         torch.cuda.set_device(device)
+    timeout = timedelta(seconds=timeout_seconds)
+    # Of groups that are made later, as DeepSpeed makes some; else they would be waited for half an hour.
+    groups: Any = torch.distributed.distributed_c10d
+    groups.default_pg_timeout = groups.default_pg_nccl_timeout = timeout
     torch.distributed.init_process_group(
         collectives,
         init_method="env://",
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
-        timeout=timedelta(seconds=timeout_seconds),
+        timeout=timeout,
     )
 
 

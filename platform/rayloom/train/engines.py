@@ -54,6 +54,7 @@ def engines_of(job: JobConfig, device: str, precision: Precision, first: pa.Tabl
         gpu_memory=job.rollout.memory_share,
         sleeps=device == "gpu" and job.rollout.share_gpus,
         trust_remote_code=job.model.trust_remote_code,
+        revision=job.model.revision,
         seed=job.train.seed,
     )
     prompt = next(tuple(ids) for ids in first["input_ids"].to_pylist() if ids)

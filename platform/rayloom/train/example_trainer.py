@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,9 +110,9 @@ class ExampleTrainer(StreamTrainer):
         sums = self._sums.to(self.args.device)
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
-        means = _means(sums)
+        means = dict(zip(self.measured, _means(sums).tolist(), strict=True))
         self._sums.zero_()  # on CPU these are `sums`
-        return dict(zip(self.measured, means.tolist(), strict=True))
+        return {name: mean for name, mean in means.items() if not math.isnan(mean)}
 
     def _eval_metrics(self, tables: list[pa.Table]) -> dict[str, float]:
         """`eval_loss` and, behind `eval_`, what is measured: means over the examples, and of each set where there are
@@ -166,4 +167,5 @@ def _eval_sums(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _means(sums: torch.Tensor) -> torch.Tensor:
-    return sums[0] / sums[1].clamp(min=1)
+    """No number where there is none to take the mean of."""
+    return sums[0] / sums[1]

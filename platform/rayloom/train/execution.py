@@ -23,6 +23,7 @@ from rayloom import __version__
 from rayloom.data.rows import COUNTERS, CUT, DROP_REASONS, HELD_OUT, TOKENS_CUT
 from rayloom.errors import JobError, RequestError
 from rayloom.train.checkpoints import keep_snapshot
+from rayloom.train.engines import engine_bundles
 from rayloom.train.faults import draining_nodes, fault_of
 from rayloom.train.gauges import Gauges, JobGauges
 from rayloom.train.host import Host
@@ -155,6 +156,7 @@ class Execution:
             self._asked,
             wait=True,
             jobs=self._host.jobs if self._host else 1,
+            held=sum(engine["CPU"] for engine in engine_bundles(self._work.job, self._work.resources.device)),
             gpus=self._work.job.rollout.gpus_per_worker,
         )
         job = self._work.job.model_copy(update={"train": train})

@@ -16,14 +16,12 @@ class HeadTrainer(ExampleTrainer):
     _head_rate: float | None = None
     """The head's peak learning rate; None: the job's."""
 
-    def create_optimizer(self, model: Any = None) -> Any:
+    def _arrange(self, optimizer: Any) -> None:
         """The head in groups of its own, with their own peak rate."""
-        is_new = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        if is_new and self._head is not None and self._head_rate is not None:
+        super()._arrange(optimizer)
+        if self._head is not None and self._head_rate is not None:
             ratio = self._head_rate / self.args.learning_rate
             optimizer.param_groups[:] = _split(optimizer.param_groups, {*map(id, self._head.parameters())}, ratio)
-        return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)

@@ -25,13 +25,12 @@ class Means:
 
     def read(self, device: Any) -> dict[str, float]:
         """The means of what all ranks have added since the last time; where none has added anything, those of then.
-        Every rank calls it."""
+        Of a name under which no rank has an element there is none. Every rank calls it."""
         names = sorted({name for names in of_all_ranks(list(self._sums)) for name in names})
         mine = [self._sums.get(name, (0.0, 0)) for name in names]
         sums = over_ranks(torch.tensor(mine, dtype=torch.float64).reshape(-1, 2), device)
         self._sums = {}
         if names:
-            self._last = {
-                name: float(total / max(1.0, count)) for name, (total, count) in zip(names, sums.tolist(), strict=True)
-            }
+            pairs = zip(names, sums.tolist(), strict=True)
+            self._last = {name: total / count for name, (total, count) in pairs if count}
         return self._last

@@ -78,8 +78,8 @@ class BatchCount:
             self.behind = [row["epoch"], row["segment"], row["row"] + 1, *row["cursors"]]
             self.epochs_done = row["epochs_done"]
             self.names += zip(row["sets"], row["rows"], strict=True)
-            for set_index in row["sets"]:
-                self.numbers[_COUNTS + set_index] += 1
+            for set_index, is_continued in zip(row["sets"], row["continued"], strict=True):
+                self.numbers[_COUNTS + set_index] += not is_continued
             for index, count in enumerate(row["counts"]):
                 self.numbers[_COUNTS + self.sets + index] += count
         self.numbers[0] += sum(len(ids) for ids in table["input_ids"])
@@ -136,12 +136,13 @@ class StepCount:
     def stop(self) -> bool:
         return self.numbers[2] > 0
 
-    def add_to(self, meter: StreamMeter) -> None:
-        """Count the step as trained on."""
+    def add_to(self, meter: StreamMeter, *, tokens: bool = True) -> None:
+        """Count the step as trained on; without `tokens`, its examples only."""
         meter.position = self.position
         meter.epochs_done = self.epochs_done
-        meter.tokens += self.tokens
-        meter.trained_tokens += self.trained_tokens
+        if tokens:
+            meter.tokens += self.tokens
+            meter.trained_tokens += self.trained_tokens
         counts = self.numbers[_COUNTS:]
         meter.examples = [a + b for a, b in zip(meter.examples, counts[: self.sets], strict=True)]
         meter.counts = [a + b for a, b in zip(meter.counts, counts[self.sets :], strict=True)]

@@ -17,7 +17,7 @@ from pathlib import Path
 from rayloom.errors import JobError
 from rayloom.remote import Remote
 
-FILES = ("job.yaml", "data.json", "metrics.jsonl", "manifest.jsonl", "result.json", "mlflow_run")
+FILES = ("job.yaml", "data.json", "metrics.jsonl", "manifest.jsonl", "result.json", "mlflow_run", "wandb_run")
 """What an earlier part of a run has left that a later one reads or writes on."""
 _LAST = "result.json"
 """Says how a run has ended: it must not be there before the rest is."""

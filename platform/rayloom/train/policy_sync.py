@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rayloom.errors import JobError
+from rayloom.rollout.engine import place_and_gpus
 from rayloom.rollout.fleet import FleetClient
 from rayloom.rollout.weights import POLICY, policy_parameters, policy_tensors, weights_to_send
 from rayloom.train.collective import from_first_rank
@@ -56,6 +57,8 @@ class PolicySync:
             JobError: an engine does not answer, or does not serve what it was given.
         """
         if self._shares_gpus:
+            if self._served is None:
+                check_shared_gpu(place_and_gpus(), self._client.gpus())
             make_room()
         if self._served == version:
             return
@@ -97,6 +100,25 @@ class PolicySync:
                     f"by {self._tolerance:g}"
                 )
         self.seconds += time.monotonic() - started
+
+
+Place = tuple[str, tuple[str, ...]]
+"""Ray's id of a node, and the numbers of GPUs there."""
+
+
+def check_shared_gpu(own: Place, engines: Sequence[Place]) -> None:
+    """See that a GPU of this process has an engine of the same job on it, which sleeps while it trains.
+
+    Raises:
+        JobError: Ray has put them on different ones, as other jobs have parts of GPUs, too.
+    """
+    node, gpus = own
+    if gpus and not any(node == other and set(gpus) & set(theirs) for other, theirs in engines):
+        places = ", ".join(f"GPU {' '.join(theirs)} of node {other[:8]}" for other, theirs in engines)
+        raise JobError(
+            f"rollout.share_gpus: a worker is on GPU {' '.join(gpus)} of node {node[:8]}, and no engine of the job is; "
+            f"the engines are on {places}. Run one such job at a time, on as many GPUs as it has workers"
+        )
 
 
 def make_room() -> None:

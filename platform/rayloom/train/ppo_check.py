@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rayloom.config.job import JobConfig
 from rayloom.errors import RequestError
+from rayloom.methods.adapter_folder import CONFIG
 from rayloom.models.architecture import read_architecture
 from rayloom.models.tokenizer import TokenizerSource, load_tokenizer
 from rayloom.models.value_head import FILE
@@ -27,10 +28,14 @@ def check_lengths_and_heads(job: JobConfig) -> None:
             f"(rollout.max_tokens) pass the model's length of {most}; make one of them smaller"
         )
     heads = getattr(text, "num_attention_heads", None)
-    if heads is not None and heads % engines.tensor_parallel:
-        right = [n for n in range(1, heads + 1) if heads % n == 0]
+    if heads is None:
+        return
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    right = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
+    if engines.tensor_parallel not in right:
+        own = f" ({kv_heads} for keys and values)" if kv_heads != heads else ""
         raise RequestError(
-            f"rollout.tensor_parallel: {engines.tensor_parallel} does not divide the model's {heads} heads; "
+            f"rollout.tensor_parallel: {engines.tensor_parallel} does not divide the model's {heads} heads{own}; "
             f"it may be {', '.join(map(str, right))}"
         )
 
@@ -59,6 +64,10 @@ def check_reward_models(job: JobConfig) -> None:
         folder = Path(source.path).expanduser()
         if not (folder / FILE).is_file():
             raise RequestError(f"{key}: {source.path} has no {FILE}; a job of stage reward saves one in its model/")
+        if isinstance(source, ModelReward) and (folder / CONFIG).is_file():
+            raise RequestError(
+                f"{key}: {source.path} holds an adapter; say type: adapter, on the base that it was trained on"
+            )
         if isinstance(source, AdapterReward):
             from rayloom.methods.adapter_folder import check_adapter
             from rayloom.methods.skeleton import skeleton

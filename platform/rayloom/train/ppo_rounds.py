@@ -108,7 +108,7 @@ class RoundReader:
         self._next = first + len(self._ahead)
         self._ended = False
         self.rest: StepCount | None = None
-        """Behind the last round: rows that were left out."""
+        """Behind the last round: rows that were left out, if any."""
 
     def take(self, version: int) -> Round | None:
         """The next round, with its answers; None where the stream has ended. Every rank calls it.
@@ -160,7 +160,7 @@ class RoundReader:
                 asked = asked_of(table, self._first_number)
             total = count.share(self._device, stop=False)
             if table is None:
-                self._ended, self.rest = True, total
+                self._ended, self.rest = True, total if total.batches else None  # of no rows it has no position
                 return
             if total.examples:
                 break
@@ -194,4 +194,5 @@ class RoundEnd(transformers.TrainerCallback):
                 self._put_off.add(wish)
             setattr(control, wish, is_over and wish in self._put_off)
         if is_over:
+            control.should_log |= bool(self._put_off)  # a row of metrics ends there
             self._put_off.clear()

@@ -14,7 +14,14 @@ from rayloom.methods.optimizers.config import LibraryConfig
 from rayloom.rollout.adapter_folders import adapter_rank_limit
 from rayloom.rollout.config import RolloutConfig
 from rayloom.rollout.rewards.combine import reward_names
-from rayloom.rollout.rewards.config import AdapterReward, FormatReward, FunctionReward, LengthReward, RewardsConfig
+from rayloom.rollout.rewards.config import (
+    AdapterReward,
+    FormatReward,
+    FunctionReward,
+    LengthReward,
+    ModelReward,
+    RewardsConfig,
+)
 from rayloom.rollout.rewards.function import split_path
 from rayloom.stages.ppo_config import PpoConfig
 
@@ -28,7 +35,7 @@ def check_ppo(job: JobConfig) -> None:
     if not isinstance(job.stage, PpoConfig):
         faults = list(_left_over(job))
     else:
-        faults = [*_rounds(job, job.stage), *_engines(job), *_head(job, job.stage)]
+        faults = [*_rounds(job, job.stage), *engine_faults(job), *_head(job, job.stage)]
         if job.rewards is None:
             faults.append("rewards: stage ppo learns from rewards, and there are none; name at least one source")
         else:
@@ -55,8 +62,6 @@ def _left_over(job: JobConfig) -> Iterator[str]:
     """Parts that the stage does not read."""
     if job.rewards is not None:
         yield f"rewards: they are for stage ppo, and this is {job.stage.type}; leave them out"
-    if job.rollout.share_gpus and job.stage.type == "spin":
-        yield "rollout.share_gpus: in stage spin engines and workers take turns anyway; leave it out"
     if job.rollout != RolloutConfig() and job.stage.type != "spin":
         yield f"rollout: engines are for the stages ppo and spin, and this is {job.stage.type}; leave it out"
 
@@ -73,6 +78,11 @@ def _rounds(job: JobConfig, stage: PpoConfig) -> Iterator[str]:
             f"multiple of the {train.rows_per_step} of an optimizer step (workers times batch_size times "
             "gradient_accumulation, or global_batch_size)"
         )
+    elif train.early_stopping and train.eval_steps and train.eval_steps % (steps := steps_per_round(job, stage)):
+        yield (
+            f"train.eval_steps: {train.eval_steps}: evaluations wait for the end of a round, which has {steps} steps; "
+            f"with early_stopping say a multiple, such as {-(-train.eval_steps // steps) * steps}"
+        )
     elif train.max_steps is not None and train.max_steps % (steps := steps_per_round(job, stage)):
         below = train.max_steps // steps * steps
         right = f"{below} or {below + steps}" if below else f"{steps}"
@@ -82,7 +92,7 @@ def _rounds(job: JobConfig, stage: PpoConfig) -> Iterator[str]:
         )
 
 
-def _engines(job: JobConfig) -> Iterator[str]:
+def engine_faults(job: JobConfig) -> Iterator[str]:
     """What the engines could not serve."""
     method, model = job.method, job.model
     if isinstance(method, LoraConfig):
@@ -103,12 +113,12 @@ def _engines(job: JobConfig) -> Iterator[str]:
             yield "method.extra_modules: the engines serve adapters only; leave it out, or use method.type: full"
     elif not isinstance(method, FullConfig):
         yield f"method.type: {method.type}: stage ppo trains with lora or full, whose weights the engines can take"
-    for key in ("quantization", "rope_scaling", "add_tokens", "add_special_tokens"):
+    for key in (
+        "quantization", "rope_scaling", "add_tokens", "add_special_tokens", "train_from_scratch", "shifted_attention"
+    ):  # fmt: skip
         if getattr(model, key):
-            yield f"model.{key}: the engines load the model as it is; leave it out in stage ppo"
-    if model.shifted_attention:
-        yield "model.shifted_attention: the engines attend as the model does; leave it out in stage ppo"
-    if job.rollout.share_gpus:
+            yield f"model.{key}: the engines load the model as it is; leave it out in stage {job.stage.type}"
+    if job.rollout.share_gpus and job.stage.type == "ppo":
         yield from _shared_gpus(job)
     if job.train.device == "cpu" and job.rollout.tensor_parallel > 1:
         yield f"rollout.tensor_parallel: {job.rollout.tensor_parallel} is for GPUs; on CPU it is 1"
@@ -125,6 +135,11 @@ def _shared_gpus(job: JobConfig) -> Iterator[str]:
 
 
 def _head(job: JobConfig, stage: PpoConfig) -> Iterator[str]:
+    if job.optimizer.type.startswith("schedule_free"):
+        yield (
+            f"optimizer.type: {job.optimizer.type} evaluates other weights than it trains, and engines would answer "
+            "with either; take another optimizer in stage ppo"
+        )
     if stage.value_learning_rate is not None and not isinstance(job.optimizer, LibraryConfig):
         yield f"stage.value_learning_rate: optimizer {job.optimizer.type} has one rate for all; leave it out"
 
@@ -147,5 +162,7 @@ def _rewards(job: JobConfig, rewards: RewardsConfig) -> Iterator[str]:
                 yield f"{key}.pattern: {source.pattern!r} is no regular expression: {error}"
         elif isinstance(source, LengthReward) and source.longest <= source.free:
             yield f"{key}.longest: {source.longest} must be above free ({source.free})"
+        elif isinstance(source, ModelReward) and job.train.deepspeed == "zero3":
+            yield f"{key}.type: model: zero3 would not shard the reward model; use zero2, or type: adapter"
         elif isinstance(source, AdapterReward) and not isinstance(job.method, LoraConfig):
             yield f"{key}.type: adapter: with method.type {job.method.type} the base itself changes; use type: model"

@@ -15,7 +15,6 @@ from rayloom.models.load import load_causal_lm
 from rayloom.models.precision import Precision
 from rayloom.models.value_head import attach_critic
 from rayloom.rollout.fleet import FleetClient
-from rayloom.rollout.request import Sampling
 from rayloom.rollout.rewards.combine import RewardSum, reward_names
 from rayloom.rollout.rewards.config import AdapterReward, ModelReward
 from rayloom.stages.ppo_config import PpoConfig
@@ -55,16 +54,8 @@ def trainer_parts(
     assert isinstance(stage, PpoConfig)
     assert job.rewards is not None  # `check_ppo` has seen to that
     engines = precision if rollout.precision == "auto" else rollout.precision  # `auto` may be finer, not coarser
-    sampling = Sampling(
-        max_tokens=rollout.max_tokens,
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        min_tokens=rollout.min_tokens,
-        stop=tuple(rollout.stop),
-    )
     return {
-        "fleet": RankFleet(client, rank, ranks, stage.answers, sampling, job.train.seed),
+        "fleet": RankFleet(client, rank, ranks, stage.answers, rollout.sampling(), job.train.seed),
         "sync": PolicySync(client, {precision, engines}, is_first_rank=rank == 0, shares_gpus=rollout.share_gpus),
         "rewards": RewardSum(job.rewards),
         "reward_models": partial(_reward_models, job, model, dtype),

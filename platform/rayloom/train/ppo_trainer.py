@@ -113,11 +113,11 @@ class PpoTrainer(HeadTrainer):
         self._compare_with_engines()
         if taken is None:
             if self._reader.rest is not None:
-                self._reader.rest.add_to(self.meter)
+                self._reader.rest.add_to(self.meter, tokens=False)
             return False
         self._row_clock.start(self.meter.tokens, self.state.global_step)
         assert taken.count is not None  # it is a round of the training
-        taken.count.add_to(self.meter)
+        taken.count.add_to(self.meter, tokens=False)  # those of prompts and answers count with each step
         self._taken = [(answer.asked.set, answer.asked.row) for answer in taken.answers or []]
         if self._manifest:
             self._post_manifest()

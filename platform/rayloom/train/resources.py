@@ -66,6 +66,7 @@ def settle_workers(
     wait: bool,
     beside: Callable[[str], Bundles] = lambda device: [],
     jobs: int = 1,
+    held: float = 0.0,
     gpus: float = 1.0,
 ) -> tuple[TrainConfig, Resources]:
     """With how many workers to train now, and on what: the most whose placement group can be made, asked for again and
@@ -76,6 +77,7 @@ def settle_workers(
         wait: whether the cluster may grow; else what it has not got at all is refused at once.
         beside: what else must find room, by the device ("cpu" or "gpu").
         jobs: how many jobs like this one share the cluster.
+        held: CPUs that something else of the job holds already.
         gpus: as of `plan_resources`.
 
     Raises:
@@ -94,7 +96,7 @@ def settle_workers(
                 others + [bundle] * workers, left if fewest.workers == train.workers else min(_TRY_SECONDS, left)
             ):
                 settled = train.with_workers(workers)
-                return settled, plan_resources(settled, sum(other["CPU"] for other in others), jobs, gpus)
+                return settled, plan_resources(settled, held + sum(other["CPU"] for other in others), jobs, gpus)
         if time.monotonic() >= deadline:
             waited = f"not free after {train.wait_for_resources:g} s (train.wait_for_resources)"
             raise RequestError(_shortage(fewest, bundle, others, waited))

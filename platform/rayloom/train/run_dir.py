@@ -338,11 +338,7 @@ def _check_resume(job: JobConfig, run: RunDir) -> None:
     from rayloom.config.read import read_job
 
     before = read_job(run.path / "job.yaml")
-    faults = []
-    for part in ("model", "method", "data", "stage", "optimizer"):
-        if changed := _changed_keys(getattr(before, part).model_dump(), getattr(job, part).model_dump(), part):
-            differ = f"{', '.join(changed)} {'differs' if len(changed) == 1 else 'differ'}"
-            faults.append(f"resume: {differ} from the run's own ({run.place / 'job.yaml'}); a run goes on as it began")
+    faults = differences(before, job, run.place / "job.yaml")
     keys = {key: key for key in ("seed", "precision", "deepspeed")}
     if before.train.global_batch_size is None or job.train.global_batch_size is None:
         keys |= {"batch_size": "batch_size", "gradient_accumulation": "accumulation"}
@@ -363,6 +359,35 @@ def _check_resume(job: JobConfig, run: RunDir) -> None:
             f"resume: the run in {run.place} is finished (step {step}), nothing is left to do; "
             "raise train.epochs or train.max_steps to go on"
         )
+
+
+_DRAWING = ("precision", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "stop", "max_staleness")
+"""Keys of `rollout` on which the answers depend."""
+_ASKING = ("timeout", "retries", "batch_size", "url")
+"""Keys of `rewards` on which they do not depend."""
+
+
+def differences(before: JobConfig, job: JobConfig, place: Any) -> list[str]:
+    """Of two jobs what a run that goes on could not change, a message for each part. `place`: of the first one."""
+    faults = []
+    for part in ("model", "method", "data", "stage", "optimizer", "rollout", "rewards"):
+        old, new = (_that_counts(getattr(one, part), part) for one in (before, job))
+        if changed := _changed_keys(old, new, part):
+            differ = f"{', '.join(changed)} {'differs' if len(changed) == 1 else 'differ'}"
+            faults.append(f"resume: {differ} from the run's own ({place}); a run goes on as it began")
+    return faults
+
+
+def _that_counts(part: Any, name: str) -> Any:
+    if part is None:
+        return None
+    dumped = part.model_dump()
+    if name == "rollout":
+        return {key: dumped[key] for key in _DRAWING}
+    if name == "rewards":
+        sources = [{key: one[key] for key in one if key not in _ASKING} for one in dumped["sources"]]
+        return {**dumped, "sources": sources}
+    return dumped
 
 
 def _changed_keys(before: Any, now: Any, key: str) -> list[str]:

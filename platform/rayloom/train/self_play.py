@@ -17,8 +17,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from rayloom.collector import collector_off
 from rayloom.config.job import JobConfig
-from rayloom.config.read import dump_job
+from rayloom.config.read import dump_job, read_job
 from rayloom.data.config import DatasetConfig
 from rayloom.data.example import Example
 from rayloom.data.index import make_plan
@@ -32,11 +33,14 @@ from rayloom.models.text_tokenizer import TokenizerState
 from rayloom.models.tokenizer import TokenizerSource, load_tokenizer
 from rayloom.rollout.fleet import start_fleet
 from rayloom.rollout.offline import Prediction, answers, cluster_gpus, engine_options, weights_of
-from rayloom.rollout.request import Prompt, Sampling, probe_prompt
+from rayloom.rollout.request import Prompt, probe_prompt
 from rayloom.stages.config import DpoConfig, SpinConfig
-from rayloom.train.driver import check_parts, run_job
+from rayloom.stages.prepare import make_encoder, plan_data
+from rayloom.stages.rules import check_stage
+from rayloom.train.driver import check_model_and_method, check_parts, run_job
+from rayloom.train.ppo_rules import engine_faults
 from rayloom.train.ray_session import prepare_environment, ray_session
-from rayloom.train.run_dir import check_run_dir, find_run, rest_of
+from rayloom.train.run_dir import check_run_dir, differences, find_run, rest_of
 
 _COLUMNS = {"messages": "messages", "chosen": "chosen", "rejected": "rejected"}
 
@@ -55,6 +59,9 @@ def run_self_play(job: JobConfig, *, started: float, verbose: bool = False) -> d
         check_run_dir(job)
     elif not (job.run_dir / "job.yaml").exists():
         raise RequestError(f"resume: there is no run in {job.run_dir}; start without resume=true")
+    else:
+        _check_goes_on(job)
+    _check_sources(job)
     folder = job.run_dir / "rounds"
     if job.overwrite and job.run_dir.exists():
         shutil.rmtree(job.run_dir)
@@ -104,20 +111,41 @@ def check_self_play(job: JobConfig) -> None:
         faults.append(
             "method.type: stage spin trains one new adapter of type lora, without dora, pissa, olora or adapters"
         )
-    for key in ("quantization", "rope_scaling", "add_tokens", "add_special_tokens", "shifted_attention"):
-        if getattr(job.model, key):
-            faults.append(f"model.{key}: the engines load the model as it is; leave it out in stage spin")
+    else:
+        faults += engine_faults(job)
+    for key in ("share_gpus", "max_staleness"):
+        if getattr(job.rollout, key):
+            faults.append(f"rollout.{key}: in stage spin engines and workers take turns; leave it out")
     if job.rewards is not None:
         faults.append("rewards: they are for stage ppo, and this is spin; leave them out")
     if job.data.eval:
         faults.append("data.eval: stage spin makes its own pairs; say data.held_out")
     if faults:
         raise RequestError(*faults)
+    check_stage(job)
     # The rounds are checked again when they begin; but then there are answers, and an old run is gone.
     assert isinstance(job.stage, SpinConfig)
     folder = job.run_dir / "rounds"
     for number, adapter in enumerate((None, "the last round's")[: job.stage.rounds], 1):
         check_parts(_round_job(job, folder, number, folder / f"answers-{number}.jsonl", adapter))
+
+
+def _check_goes_on(job: JobConfig) -> None:
+    """Refuse to go on as another job, but with more or fewer rounds."""
+    place = job.run_dir / "job.yaml"
+    before = read_job(place)
+    if isinstance(before.stage, SpinConfig) and isinstance(job.stage, SpinConfig):
+        before = before.model_copy(update={"stage": before.stage.model_copy(update={"rounds": job.stage.rounds})})
+    if faults := differences(before, job, place):
+        raise RequestError(*faults)
+
+
+def _check_sources(job: JobConfig) -> None:
+    """Refuse a model or data that cannot be read, while an old run is still there."""
+    plan_data(job)
+    with collector_off():
+        check_model_and_method(job, job.train.device)
+        make_encoder(job)
 
 
 def _learn(job: JobConfig, started: float, verbose: bool) -> dict[str, Any]:
@@ -152,7 +180,9 @@ def _write_pairs(job: JobConfig, adapter: str | None, file: Path, *, seed: int) 
     not at all."""
     tokenizer = load_tokenizer(TokenizerSource.of(job.model))
     renderer = Renderer(
-        TokenizerState.of(tokenizer).load(), resolve_template(job.data.template, tokenizer, job.model.path)
+        TokenizerState.of(tokenizer).load(),
+        resolve_template(job.data.template, tokenizer, job.model.path),
+        enable_thinking=job.data.enable_thinking,
     )
     asked: dict[int, tuple[Example, str]] = {}
 
@@ -164,7 +194,7 @@ def _write_pairs(job: JobConfig, adapter: str | None, file: Path, *, seed: int) 
                 yield Prompt(number, tuple(ids), seed=seed * 1_000_003 + number & 0x7FFFFFFF)
 
     rollout = job.rollout
-    sampling = Sampling(rollout.max_tokens, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k)
+    sampling = rollout.sampling()
     cutoff, device = job.data.cutoff, job.train.device
     options = Prediction(job.model, "", file, sampling, rollout, adapter=adapter, cutoff=cutoff, device=device)
     stream = prompts()
@@ -190,8 +220,8 @@ def _write_pairs(job: JobConfig, adapter: str | None, file: Path, *, seed: int) 
 
 
 def _questions(job: JobConfig) -> Iterator[tuple[Example, str]]:
-    """The prompts of all of the job's data in the order of its files, and the data's answers. Calls of tools have no
-    place in a pair of texts: such rows are left out."""
+    """The prompts of all of the job's data in the order of its files, and the data's answers. Left out are rows with
+    calls of tools, which have no place in a pair of texts, and answers that were judged bad."""
     data = job.data.model_copy(
         update={"mix": "concat", "train": [one.model_copy(update={"weight": None}) for one in job.data.train]}
     )
@@ -201,8 +231,9 @@ def _questions(job: JobConfig) -> Iterator[tuple[Example, str]]:
             chunk = data_set.chunk(index)
             for item in read_chunk(data_set, number, chunk, range(count_chunk(data_set, chunk)), options):
                 example = item.example
-                if example is not None and not example.tools and example.text is None:
-                    yield example.without_answer()
+                if example is None or example.text is not None or example.tools or example.desirable is False:
+                    continue
+                yield example.without_answer()
 
 
 def _pair(question: Example, chosen: str, rejected: str) -> dict[str, Any]:

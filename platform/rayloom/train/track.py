@@ -6,9 +6,9 @@ is dropped with a word, and the job goes on.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -139,7 +139,7 @@ class WeightsAndBiases:
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "rayloom"),
             name=job.name,
-            id=hashlib.sha256(job.run_place.encode()).hexdigest()[:16],
+            id=_kept(folder / "wandb_run", lambda: secrets.token_hex(8)),
             resume="allow",
             dir=str(folder),
             config=job.model_dump(mode="json"),
@@ -165,14 +165,13 @@ class MLflow:
         experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", "rayloom")
         found = self._client.get_experiment_by_name(experiment)
         number = found.experiment_id if found else self._client.create_experiment(experiment)
-        kept = folder / "mlflow_run"
-        if kept.exists():
-            self._run = kept.read_text().strip()
-        else:
-            self._run = self._client.create_run(number, run_name=job.name).info.run_id
-            kept.write_text(self._run + "\n")
-            for key, value in _parameters(job.model_dump(mode="json")).items():
-                self._client.log_param(self._run, key, value)
+        self._run = _kept(folder / "mlflow_run", lambda: self._new_run(job, number))
+
+    def _new_run(self, job: JobConfig, experiment: str) -> str:
+        run: str = self._client.create_run(experiment, run_name=job.name).info.run_id
+        for key, value in _parameters(job.model_dump(mode="json")).items():
+            self._client.log_param(run, key, value)
+        return run
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         for name, value in numbers.items():
@@ -180,6 +179,13 @@ class MLflow:
 
     def close(self) -> None:
         self._client.set_terminated(self._run)
+
+
+def _kept(file: Path, make: Callable[[], str]) -> str:
+    """The name of the run that a job goes on in, or of a new one, which is written down."""
+    if not file.exists():
+        file.write_text(make() + "\n")
+    return file.read_text().strip()
 
 
 _MAKERS: dict[str, Callable[[JobConfig, Path], Tracker]] = {

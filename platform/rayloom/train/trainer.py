@@ -4,8 +4,7 @@ What is overridden, and why:
 - the loader: batches come from the worker's Ray Data shard, already dealt to this rank;
 - gathering a step's batches: one collective call counts the tokens that all ranks train (the loss is averaged over
   them), finds the position after the step, and carries the wish to stop;
-- the learning rate: a function of how much of the training is done, so it needs no step total and no state;
-- the optimizer: from the job's `optimizer` part; transformers makes those that it knows;
+- the optimizer and the learning rate (`rayloom.train.optimizer_trainer`);
 - saving: every rank reports its own files to Ray Train, with the stream's position.
 """
 
@@ -19,13 +18,11 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-import transformers
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from rayloom.data.rows import row_name
 from rayloom.errors import JobError
-from rayloom.methods.optimizers.badam import BAdam
-from rayloom.methods.optimizers.build import Setting, library_class, lora_plus, make_optimizer
+from rayloom.methods.optimizers.layerwise import LayerWise
 from rayloom.methods.prompts import stands_before_rows, virtual_tokens
 from rayloom.methods.save import load_trained, save_trained
 from rayloom.models.packed_attention import packs_cheaply
@@ -40,23 +37,13 @@ from rayloom.train.frozen_head import FrozenHeadLoss
 from rayloom.train.guard import MadeSteps, StepGuard, bad_step, gradient_guards
 from rayloom.train.meter import BatchCount, StepCount, StreamMeter
 from rayloom.train.monitor import answer
-from rayloom.train.own_settings import OwnSettings
+from rayloom.train.optimizer_trainer import OptimizerTrainer, WhenWrapped
 from rayloom.train.reshard import fitting_checkpoint
 from rayloom.train.row_threads import RowThreads, divides_rows
-from rayloom.train.schedule import ProgressSchedule, learning_rate_factor
+from rayloom.train.schedule import learning_rate_factor
 
 
-class _WhenWrapped(transformers.TrainerCallback):
-    """Calls what must wait until the model is wrapped for training and the checkpoint is loaded."""
-
-    def __init__(self, call: Callable[[], None]) -> None:
-        self._call = call
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._call()
-
-
-class StreamTrainer(transformers.Trainer):
+class StreamTrainer(OptimizerTrainer):
     """One trainer for every stage that learns from token rows."""
 
     def __init__(
@@ -82,8 +69,6 @@ class StreamTrainer(transformers.Trainer):
         self._stage = stage
         self._settings = settings
         self._optimizer_config = optimizer_config
-        self.trained: list[torch.nn.Parameter] = []  # by the method and the optimizer; BAdam's at any time
-        self._schedule: ProgressSchedule | None = None
         self._monitor = monitor
         self._pad_token = pad_token
         self._manifest = manifest
@@ -121,10 +106,14 @@ class StreamTrainer(transformers.Trainer):
             say=lambda text: self._post("say", lines=[text]),
         )
         self._made_steps = MadeSteps(lambda: self._guard.left_out_last, lambda: self._tr_loss)
-        for callback in (self._made_steps, *gradient_guards(self.args, self, self._guard), _WhenWrapped(self._begin)):
+        for callback in (self._made_steps, *gradient_guards(self.args, self, self._guard), WhenWrapped(self._begin)):
             self.add_callback(callback)
         self.stopped = False  # because it was told to
         self.stopped_early = False  # because evaluations got no better
+
+    def _arrange(self, optimizer: Any) -> None:
+        if isinstance(optimizer, LayerWise):
+            optimizer.on_bad = self._guard.take_bad_gradients
 
     def _begin(self) -> None:
         """The model is wrapped, and the checkpoint is loaded."""
@@ -295,45 +284,13 @@ class StreamTrainer(transformers.Trainer):
             self.args.device,
         )
 
-    # --- optimizer ---------------------------------------------------------------------------------------------------
-
-    def create_optimizer(self, model: Any = None) -> Any:
-        """The optimizer of the job, over what trains."""
-        if self.optimizer is None:
-            model, config = model or self.model, self._optimizer_config
-            decayed = self.get_decay_parameter_names(model)
-            setting = Setting(model, self.args.learning_rate, self.args.weight_decay, decayed, self.args.seed)
-            self.optimizer = make_optimizer(config, setting)
-            if self.optimizer is None and getattr(config, "lora_plus_ratio", None) is not None:
-                self.optimizer = lora_plus(config, self.args, model)
-            if self.optimizer is None:
-                self.optimizer_cls_and_kwargs = library_class(config, self.args, model)
-                super().create_optimizer(model)
-            self.trained = [weight for weight in model.parameters() if weight.requires_grad]
-            self.add_callback(OwnSettings(self.optimizer))
-            if isinstance(self.optimizer, BAdam):
-                self.add_callback(_WhenWrapped(self.optimizer.begin))
-        return self.optimizer
-
-    def _use_averages(self) -> None:
-        """Schedule-free optimizers train at other weights than those to use; the next step changes back."""
-        if self._optimizer_config.type.startswith("schedule_free"):
-            optimizer: Any = self.optimizer
-            optimizer.eval()
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model: for use, or, when transformers calls it, as a part of a checkpoint."""
         if not _internal_call:
             self._use_averages()
         super().save_model(output_dir, _internal_call)
 
-    # --- learning rate, metrics, checkpoints -------------------------------------------------------------------------
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        self._schedule = ProgressSchedule(optimizer or self.optimizer, self._settings.learning_rate)
-        self.lr_scheduler: Any = self._schedule
-        self._created_lr_scheduler = True
-        return self._schedule
+    # --- metrics, checkpoints -------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Post a row of metrics to the driver."""

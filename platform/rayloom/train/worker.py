@@ -290,8 +290,9 @@ def _arguments(
         seed=train.seed,
         report_to=[],
         disable_tqdm=True,
-        # BAdam's layers take turns, and an adapter may stand where a batch does not come by: on an expert's layer, say.
-        ddp_find_unused_parameters=job.method.type != "full" or getattr(job.optimizer, "mode", None) == "layer",
+        # BAdam's layers take turns, and a weight may stand where no batch comes by: in an expert's layer, or in the
+        # cross-attention of a decoder that stands alone (Bart's).
+        ddp_find_unused_parameters=True,
     )
 
 

@@ -7,8 +7,8 @@ over batches, no averaging over workers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,12 +22,24 @@ class LayerWise(torch.optim.Optimizer):
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self._optimizers = list(optimizers)
+        self.on_bad: Callable[[], None] | None = None
+        """Called before a step with a gradient that is no number; unless it raises, the step is left out."""
         super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
         self._share_groups()
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 for weight in group["params"]:
-                    weight.register_post_accumulate_grad_hook(_step_of(optimizer))
+                    weight.register_post_accumulate_grad_hook(self._step_of(optimizer))
+
+    def _step_of(self, optimizer: torch.optim.Optimizer) -> Any:
+        def hook(weight: nn.Parameter) -> None:
+            if self.on_bad is not None and not bool(torch.isfinite(cast(torch.Tensor, weight.grad)).all()):
+                self.on_bad()
+            else:
+                optimizer.step()
+            weight.grad = None
+
+        return hook
 
     def _share_groups(self) -> None:
         self.param_groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
@@ -45,11 +57,3 @@ class LayerWise(torch.optim.Optimizer):
         for optimizer, state in zip(self._optimizers, state_dict["state"], strict=True):
             optimizer.load_state_dict(state)
         self._share_groups()
-
-
-def _step_of(optimizer: torch.optim.Optimizer) -> Any:
-    def hook(weight: nn.Parameter) -> None:
-        optimizer.step()
-        weight.grad = None
-
-    return hook

@@ -19,7 +19,7 @@ from rayloom.rollout.rewards.config import (
 from rayloom.rollout.rewards.function import FunctionScore
 from rayloom.rollout.rewards.http import HttpScore
 from rayloom.rollout.rewards.rules import FormatMatch, LengthPenalty, Unfinished
-from rayloom.rollout.rewards.source import Answered, RewardSource
+from rayloom.rollout.rewards.source import Answered, RewardSource, checked_scores
 
 
 def reward_names(config: RewardsConfig) -> list[str]:
@@ -59,7 +59,11 @@ class RewardSum:
             JobError: a source that cannot be asked, or gives no numbers.
         """
         parts = {
-            name: list(given[name]) if name in given else self._sources[name].score(answered) if answered else []
+            name: checked_scores(given[name], answered, f"rewards: {name}")
+            if name in given
+            else self._sources[name].score(answered)
+            if answered
+            else []
             for name in self._names
         }
         weights = [source.weight for source in self._config.sources]
