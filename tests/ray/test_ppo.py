@@ -157,7 +157,7 @@ def test_a_resumed_job_goes_on_where_it_stopped(model: Path, folder: Path, tmp_p
     assert [json.loads(line)["examples"] for line in manifests[0]] == [
         json.loads(line)["examples"] for line in manifests[1]
     ]
-    if staleness == 0:  # then it is the same to the bit; with staleness what was asked ahead is asked anew
+    if staleness == 0:  # to the bit; with staleness too, where all that was asked ahead had been answered
         assert [row["loss"] for row in metrics(whole)] == [row["loss"] for row in metrics(resumed)]
         assert [row["kl_coefficient"] for row in rows] == [row["kl_coefficient"] for row in metrics(resumed)]
         for name, tensor in policy(whole).items():
@@ -195,7 +195,7 @@ def test_an_engine_that_is_killed_is_started_again(model: Path, folder: Path, tm
     assert result["status"] == "finished"
     (event,) = result["engine_breaks"]
     assert "engine 0" in event["what"]
-    assert event["seconds"] is not None
+    assert 0 < event["seconds"] < 60
     assert result["engines"]["restarts"] == 1
     assert [row["loss"] for row in rows] == [row["loss"] for row in metrics(calm)]
 

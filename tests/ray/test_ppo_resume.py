@@ -17,11 +17,13 @@ import torch
 from tests.ray import test_ppo
 from tests.ray.small_jobs import metrics, run
 from tests.ray.test_ppo import policy, ppo_job
+from tests.ray.test_recovery import at_step, kill
 from transformers import AutoTokenizer
 
 from rayloom.config.document import dump_document
 from rayloom.config.job import JobConfig
 from rayloom.data.rows import row_name
+from rayloom.jobs.local_head import LocalHead
 from rayloom.train.checkpoints import SNAPSHOT, step_of
 from rayloom.train.ppo_state import PpoState
 from rayloom.train.run_dir import find_run
@@ -117,6 +119,30 @@ def test_a_killed_job_goes_on_where_it_was(model: Path, folder: Path, tmp_path: 
     assert len(counts) == 200
     assert set(counts.values()) == {1, 2}  # into the second epoch
     assert len({row["kl_coefficient"] for row in metrics(killed)}) > rounds / 2
+
+
+def test_a_worker_that_dies(head: LocalHead, model: Path, folder: Path, tmp_path: Path) -> None:
+    """The job goes on by itself, with the same engines, and comes to the same."""
+    parts: dict[str, Any] = {
+        "data": {"manifest": True},
+        "stage": {"epochs": 8},
+        "rewards": {"normalize": True},
+        "train": {"max_steps": 8 * 16, "save_steps": 16},
+    }
+
+    def made(name: str) -> JobConfig:
+        return ppo_job(model, folder, tmp_path, name, **json.loads(json.dumps(parts)))
+
+    whole, killed = made("whole"), made("killed")
+    run(whole)
+    with at_step(killed, 100, lambda: kill(head, "RayTrainWorker")):
+        result, _ = run(killed)
+    (event,) = result["breaks"]
+    assert event["kind"] == "fault"
+    assert event["from_step"] % 16 == 0
+    assert 0 < event["seconds"] < 60
+    assert result["engine_breaks"] == []
+    same_run(whole, killed)
 
 
 def test_answers_that_were_there_are_learnt_from_and_not_asked_again(model: Path, folder: Path, tmp_path: Path) -> None:
