@@ -31,7 +31,7 @@ ray.init(num_gpus=count if shares else 2 * count, num_cpus=8, _temp_dir=sys.argv
 job = validate_job(Document("test", {
     "name": "test", "model": {"path": "somewhere"}, "data": {"train": ["rows.jsonl"]}, "stage": {"type": "ppo"},
     "train": {"workers": count, "cpus_per_worker": 0.5, "wait_for_resources": 5},
-    "rollout": {"engines": count, "cpus_per_engine": 0.5, "share_gpus": shares},
+    "rollout": {"engines": count, "cpus_per_engine": 0.5, "share_gpus": shares, "gpu_memory": 0.5},
 }))
 
 def gpus(group, share):

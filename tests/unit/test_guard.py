@@ -37,7 +37,7 @@ def test_no_step_is_made(bad):
     weight, other = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
     optimizer = torch.optim.AdamW([weight, other], lr=0.1, weight_decay=0.1)
     met: list[int] = []
-    guard = GradientGuard(lambda: met.append(1))
+    guard = GradientGuard(lambda: met.append(1), lambda: False)
     for gradient in (1.0, bad):
         weight.grad, other.grad = torch.full((2,), gradient), torch.ones(2)
         guard.on_pre_optimizer_step(None, None, None, optimizer=optimizer)
@@ -46,6 +46,16 @@ def test_no_step_is_made(bad):
         assert torch.equal(weight, before) == (gradient != 1.0)  # nor does it decay
     assert met == [1]
     assert optimizer.state[other]["step"] == 1
+
+
+def test_a_step_that_is_known_to_be_bad_is_not_made_whatever_its_gradient():
+    """The last batch of a step may have no trained token, and no gradient that its loss could spoil."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    met: list[int] = []
+    weight.grad = torch.ones(2)
+    GradientGuard(lambda: met.append(1), lambda: True).on_pre_optimizer_step(None, None, None, optimizer=optimizer)
+    assert (met, weight.grad) == ([1], None)
 
 
 def test_what_looks_at_the_gradients():
@@ -60,7 +70,7 @@ def test_what_looks_at_the_gradients():
 
     def guards(**arguments: Any) -> list[Any]:
         given: Any = SimpleNamespace(**{"fp16": False, "deepspeed": None, **arguments})
-        return gradient_guards(given, trainer, cast(Any, SimpleNamespace(take_bad_gradients=take)))
+        return gradient_guards(given, trainer, cast(Any, SimpleNamespace(take_bad_gradients=take, is_large=False)))
 
     assert guards(fp16=True, deepspeed={"zero_optimization": {"stage": 2}}) == []
     assert [type(guard) for guard in guards()] == [GradientGuard]
@@ -77,19 +87,21 @@ def test_what_looks_at_the_gradients():
     for is_dropped in (False, True, False, *[True] * 40):
         trainer.accelerator.optimizer_step_was_skipped = is_dropped
         guard.on_optimizer_step(None, None, None)
-    assert met == ["known"] * 41 + ["bad"]  # a scale that goes down now and then is as it should be
+    assert met == ["known"] * 40 + ["bad"]  # a scale that goes down now and then is as it should be
 
 
 def test_steps_that_were_left_out_are_not_in_the_mean():
-    total, left_out = torch.tensor(0.0), [False]
-    made = MadeSteps(lambda: left_out[0], lambda: total)
+    total, measured, left_out = torch.tensor(0.0), torch.zeros(2), [False]
+    made = MadeSteps(lambda: left_out[0], lambda: [total, measured])
     for losses, is_left_out in (((1.0, 2.0), False), ((4.0, torch.nan), True), ((0.5, 0.5), False)):
         made.on_step_begin(None, None, None)
         for loss in losses:
             total += loss
+            measured += torch.tensor([1.0, loss])
         left_out[0] = is_left_out
         made.on_step_end(None, None, None)
     assert made.mean(float(total) / 3) == 2.0  # transformers divides by all three
+    assert measured.tolist() == [4.0, 4.0]
     total.zero_()
     made.on_step_begin(None, None, None)
     total += torch.inf
@@ -212,11 +224,11 @@ def test_whether_the_last_step_was_left_out() -> None:
 
 
 def test_the_rows_are_named():
-    text = bad_step(
-        8, "the loss is nan on rank 1", [f"rows 0:{number}" for number in range(40)], "the step", (7, 2.3456)
-    )
+    names = [f"rows 0:{number}" for number in range(40)]
+    text = bad_step(8, "the loss is nan on rank 1", names, "the step", (7, 2.3456), in_backward=False)
     assert text.startswith(
         "step 8: the loss is nan on rank 1, and no step was made with it; the gradient's norm was 2.35"
     )
     assert "rows 0:31 and 8 more. Lower train.learning_rate" in text
-    assert "no step was logged yet. The rows" in bad_step(1, "the loss is nan", ["rows 0:1"], "the step", (0, None))
+    first = bad_step(1, "the loss is nan", ["rows 0:1"], "the step", (0, None), in_backward=True)
+    assert "and the step was broken off; no step was logged yet. The rows of the step (chunk:row): rows 0:1." in first

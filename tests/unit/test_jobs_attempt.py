@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from rayloom.config.read import read_job
+from rayloom.config.read import dump_job, read_job
 from rayloom.jobs.attempt import attempt_override, attempt_overrides
+from rayloom.stages.config import SpinConfig
 from rayloom.train.run_dir import check_run_dir, open_run_dir
 
 
@@ -16,6 +18,13 @@ def test_an_attempt_goes_on_with_its_own_run_only(job_file: Path, tmp_path: Path
     assert attempt_override(job) == "overwrite=true", "it died before its first checkpoint"
     other = job.model_copy(update={"train": job.train.model_copy(update={"seed": 7})})
     assert attempt_override(other) is None, "another job of that name is refused by `rayloom train`"
+    written = run.path / "job.yaml"
+    written.write_text(re.sub(r" *(max_loss|share_gpus): .*\n", "", written.read_text()))
+    assert attempt_override(job) == "overwrite=true", "an earlier version knew fewer keys"
+    spin = job.model_copy(update={"stage": SpinConfig()})
+    written.write_text(dump_job(spin))
+    assert attempt_override(spin) == "resume=true", "its rounds are kept, whatever is in them"
+    written.write_text(dump_job(job))
     run.write_result({"status": "finished"})
     assert attempt_override(job) is None
 

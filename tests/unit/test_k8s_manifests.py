@@ -207,7 +207,7 @@ def test_engines_are_pods_of_their_own():
 
 
 def test_engines_that_share_gpus_are_in_the_pods_of_the_workers():
-    overrides = ["rollout={engines: 2, share_gpus: true, cpus_per_engine: 1.5}", "train.workers=2"]
+    overrides = ["rollout={engines: 2, share_gpus: true, gpu_memory: 0.5, cpus_per_engine: 1.5}", "train.workers=2"]
     job = read_job(ROOT / "jobs" / "demo.yaml", overrides).model_copy(update={"stage": PpoConfig()})
     documents = render(job, OVERLAYS["gpu"])
     check_documents(documents)

@@ -66,12 +66,15 @@ def test_steps_of_a_round() -> None:
         ({"model": {"quantization": "nf4"}}, "model.quantization: the engines load the model as it is"),
         ({"rollout": {"tensor_parallel": 2}, "train": {"device": "cpu"}}, "rollout.tensor_parallel: 2 is for GPUs"),
         (
-            {"rollout": {"share_gpus": True}, "train": {"device": "cpu"}},
+            {"rollout": {"share_gpus": True, "gpu_memory": 0.5}, "train": {"device": "cpu"}},
             "rollout.share_gpus: on CPU engines and workers",
         ),
-        ({"rollout": {"share_gpus": True, "engines": 2}}, "rollout.share_gpus: .*; say rollout.engines: 1"),
         (
-            {"rollout": {"share_gpus": True}, "train": {"min_workers": 1, "global_batch_size": 8}},
+            {"rollout": {"share_gpus": True, "gpu_memory": 0.5, "engines": 2}},
+            "rollout.share_gpus: .*; say rollout.engines: 1",
+        ),
+        (
+            {"rollout": {"share_gpus": True, "gpu_memory": 0.5}, "train": {"min_workers": 1, "global_batch_size": 8}},
             "rollout.share_gpus: .*leave train.min_workers out",
         ),
         ({"optimizer": {"type": "schedule_free_adamw"}, "train": {"scheduler": "constant"}}, "optimizer.type: sche"),
@@ -116,12 +119,13 @@ def test_what_is_refused(parts: dict[str, Any], message: str) -> None:
     ("rollout", "message"),
     [
         ({"tensor_parallel": 2}, "share_gpus: an engine shares the one GPU of a worker, and tensor_parallel is 2"),
+        ({"gpu_memory": 0.85}, "share_gpus: gpu_memory 0.85 leaves too little"),
         ({"max_staleness": 1}, "share_gpus: the engines sleep .* and max_staleness 1 would have them answer meanwhile"),
     ],
 )
 def test_engines_that_sleep(rollout: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        job(rollout={"share_gpus": True, **rollout})
+        job(rollout={"share_gpus": True, "gpu_memory": 0.5, **rollout})
 
 
 @pytest.mark.parametrize(

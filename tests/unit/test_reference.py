@@ -267,4 +267,4 @@ def test_what_is_measured_is_read_and_then_set_back():
     a_trainer.args, a_trainer.measured = SimpleNamespace(device=torch.device("cpu")), ("margin", "accuracy")
     a_trainer._sums = torch.tensor([[3.0, 8.0], [2.0, 4.0]], dtype=torch.float64)
     assert a_trainer._stage_metrics() == {"margin": 1.5, "accuracy": 2.0}
-    assert a_trainer._stage_metrics() == {}  # nothing has been measured since
+    assert a_trainer._stage_metrics() == {"margin": None, "accuracy": None}  # nothing has been measured since

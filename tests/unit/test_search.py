@@ -149,6 +149,7 @@ def test_a_metric_is_missed_at_the_first_row_of_its_kind() -> None:
     assert Metric("loss").read(training) == 1.5
     assert Metric("loss").read(evaluation) is None
     assert Metric("eval_loss").read(training) is None
+    assert Metric("rewards/margin").read({**training, "rewards/margin": None}) is None  # nothing to measure
     with pytest.raises(RequestError, match=r"the job never reports lss; it reports step, loss$"):
         Metric("lss").read(training)
     typo = Metric("eval_los")

@@ -57,7 +57,10 @@ def test_what_a_round_would_refuse_is_refused_before_the_old_run_is_deleted(tmp_
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"rollout": {"share_gpus": True}}, "rollout.share_gpus: in stage spin engines and workers take turns"),
+        (
+            {"rollout": {"share_gpus": True, "gpu_memory": 0.5}},
+            "rollout.share_gpus: in stage spin engines and workers take turns",
+        ),
         ({"rollout": {"max_staleness": 1}}, "rollout.max_staleness: in stage spin"),
         ({"method": {"extra_modules": ["lm_head"]}}, "method.extra_modules: the engines serve adapters only"),
         ({"method": {"rank": 1024}}, "method.rank: 1024: the engines serve adapters up to rank 512"),

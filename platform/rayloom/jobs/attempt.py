@@ -26,11 +26,13 @@ def attempt_override(job: JobConfig) -> str | None:
     """
     run = find_run(job)
     try:
-        is_own = (run.path / "job.yaml").read_text(encoding="utf-8") == dump_job(job)
-    except OSError:
+        is_own = dump_job(read_job(run.path / "job.yaml")) == dump_job(job)
+    except RequestError:  # there is none, or it is of another version
         is_own = False
     if not is_own or run.result().get("status") == "finished":
         return None
+    if job.stage.type == "spin":  # which looks after its rounds itself
+        return "resume=true"
     return "resume=true" if run.latest_checkpoint() else "overwrite=true"
 
 

@@ -43,6 +43,15 @@ class ParameterReport:
         ]
 
 
+_IDLE = ("expert", "encoder_attn", "crossattention", "cross_attn")
+
+
+def has_idle_parts(model: torch.nn.Module) -> bool:
+    """Whether weights may have no gradient of a batch, by their names: those of experts that no token comes to, and of
+    the attention to an encoder, in a decoder that stands alone (Bart's)."""
+    return any(part in name for name, _ in model.named_parameters() for part in _IDLE)
+
+
 def count_parameters(model: torch.nn.Module) -> ParameterReport:
     """Count a model's parameters; also under ZeRO-3, where only shards of them are here, and without memory."""
     trained, everything, size = 0, 0, 0

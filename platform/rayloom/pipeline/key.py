@@ -32,6 +32,11 @@ _OF_TRAIN = (
     "max_failures", "wait_for_resources",
 )  # fmt: skip
 
+_LATER: dict[str, dict[str, Any]] = {
+    "train": {"max_loss": None}, "rollout": {"share_gpus": False}, "rewards": {"whiten": False}
+}  # fmt: skip
+"""Keys that came later, with the values under which everything is as it was before."""
+
 
 def step_key(job: JobConfig, folder: Path) -> str:
     """The key, 10 hexadecimal digits.
@@ -48,6 +53,10 @@ def step_key(job: JobConfig, folder: Path) -> str:
         del facts["data"][name]
     for name in (*_OF_TRAIN, *(["workers"] if job.train.global_batch_size is not None else [])):
         del facts["train"][name]
+    for part, keys in _LATER.items():
+        for name, before in keys.items():
+            if facts[part] and facts[part][name] == before:
+                del facts[part][name]
     what = [LAYOUT, _without(facts, f"{folder}/"), _data(job), _files(job, folder)]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
 

@@ -41,11 +41,12 @@ class RolloutConfig(ConfigPart):
     each new version, and a run repeats itself to the bit on CPU; 1 and more: they answer the next prompts meanwhile."""
     kv_cache_gib: Number = Field(default=1.0, gt=0)
     """On CPU: memory of each engine for keys and values, in GiB; above 0."""
-    gpu_memory: Number | None = Field(default=None, gt=0, le=1)
-    """On a GPU: share of its memory that an engine takes; above 0 to 1. Left out: 0.85, and 0.5 with `share_gpus`."""
+    gpu_memory: Number = Field(default=0.85, gt=0, le=1)
+    """On a GPU: share of its memory that an engine takes; above 0 to 1."""
     share_gpus: bool = False
     """On GPUs, in stage ppo: each engine shares the GPU of a train worker. While the policy trains it sleeps, its
-    weights in the memory of the host; what the worker keeps between its steps stays, and must fit beside `gpu_memory`.
+    weights in the memory of the host; what the worker keeps between its steps stays, and must fit beside `gpu_memory`,
+    which is then at most 0.8, usually 0.5.
     For as many engines as workers, `tensor_parallel: 1` and `max_staleness: 0`. On CPU they share the cores anyway."""
     start_timeout: Number = Field(default=300.0, gt=0)
     """Seconds in which an engine must be there; above 0."""
@@ -66,11 +67,6 @@ class RolloutConfig(ConfigPart):
         """GPUs that Ray reserves for each train worker: the whole, or what its engine leaves."""
         return 0.4 if self.share_gpus else 1.0
 
-    @property
-    def memory_share(self) -> float:
-        """Of a GPU's memory, what an engine takes while it is awake."""
-        return self.gpu_memory or (0.5 if self.share_gpus else 0.85)
-
     def sampling(self, *, max_tokens: int | None = None, temperature: float | None = None) -> Sampling:
         """How answers are drawn, but for what the caller says."""
         return Sampling(
@@ -87,6 +83,10 @@ class RolloutConfig(ConfigPart):
         if self.share_gpus and self.tensor_parallel > 1:
             raise ValueError(
                 f"share_gpus: an engine shares the one GPU of a worker, and tensor_parallel is {self.tensor_parallel}"
+            )
+        if self.share_gpus and self.gpu_memory > 0.8:
+            raise ValueError(
+                f"share_gpus: gpu_memory {self.gpu_memory:g} leaves too little for what the worker keeps; say 0.5"
             )
         if self.share_gpus and self.max_staleness:
             raise ValueError(

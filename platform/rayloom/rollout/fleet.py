@@ -205,6 +205,8 @@ class Fleet:
         await asyncio.gather(*(r.answers for r in rounds if r.answers is not None), return_exceptions=True)
         async with self._turn:
             await self._members.quiet()
+            if self._config.share_gpus:
+                await self._members.rest()
             self._members.probes = []
 
     # --- what happened ------------------------------------------------------------------------------------------------

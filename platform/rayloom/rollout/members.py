@@ -203,22 +203,28 @@ class Members:
         member.troubles.append(event)
         member.revival = asyncio.create_task(self._revived(member))
 
-    async def rest(self) -> None:
-        """Have all engines give up the memory of the GPUs that they share, also those that are being started again."""
-        awake = self.all
-        while awake:
-            await self._revivals()
-            calls = (member.call("rest", limit="sync_timeout") for member in awake)
-            results = dict(zip(awake, await asyncio.gather(*calls, return_exceptions=True), strict=True))
-            awake = [member for member, result in results.items() if isinstance(result, BaseException)]
-            for member in awake:
-                if not isinstance(error := results[member], LostError):
-                    raise error
-                self.revive(member, str(error))
-
     async def gpus(self) -> list[tuple[str, tuple[str, ...]]]:
         """Where the engines are: of each its node, and its GPUs there."""
-        return await asyncio.gather(*(member.call("gpus", limit="sync_timeout") for member in self.all))
+        return list((await self._all("gpus")).values())
+
+    async def rest(self) -> None:
+        """Have all engines give up the memory of the GPUs that they share, also those that are being started again."""
+        await self._all("rest")
+
+    async def _all(self, method: str) -> dict[Member, Any]:
+        """What every engine answers, also those that are being started again or must be."""
+        answers: dict[Member, Any] = {}
+        while left := [member for member in self.all if member not in answers]:
+            await self._revivals()
+            calls = (member.call(method, limit="sync_timeout") for member in left)
+            for member, answer in zip(left, await asyncio.gather(*calls, return_exceptions=True), strict=True):
+                if isinstance(answer, LostError):
+                    self.revive(member, str(answer))
+                elif isinstance(answer, BaseException):
+                    raise answer
+                else:
+                    answers[member] = answer
+        return answers
 
     async def quiet(self) -> None:
         """Wait until the engines have done what they were asked for."""

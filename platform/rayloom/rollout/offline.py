@@ -92,7 +92,7 @@ def prediction_of(
             adapter = None if trained.adapter is None else str(trained.adapter)
     elif overrides:
         raise RequestError(f"{overrides[0]}: keys are changed of a job file, and {model} is a model")
-    rollout = rollout.model_copy(update={"engines": engines or rollout.engines})
+    rollout = rollout.model_copy(update={"engines": engines or rollout.engines, "share_gpus": False})
     return Prediction(
         model=config,
         prompts=prompts,
@@ -291,7 +291,7 @@ def engine_options(prediction: Prediction, gpus: float) -> EngineOptions:
         device=device,
         tensor_parallel=config.tensor_parallel if device == "gpu" else 1,
         kv_cache_gib=config.kv_cache_gib,
-        gpu_memory=config.memory_share,
+        gpu_memory=config.gpu_memory,
         trust_remote_code=bool(getattr(model, "trust_remote_code", False)),
         revision=model.revision,
     )

@@ -25,6 +25,8 @@ class Metric:
         numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
         self._seen |= dict.fromkeys(numbers)
         value = numbers.get(self.name)
+        if value is None and self.name in row:  # there was nothing to measure
+            return None
         if value is None:
             is_evaluation = "loss" not in row
             if is_evaluation == self.name.startswith("eval_"):

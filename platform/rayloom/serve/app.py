@@ -116,7 +116,7 @@ def engine_settings(
         settings["placement_group_config"] = {"bundles": [{"CPU": cpus}]}
         variables |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(cpus)}
     else:
-        engine |= {"gpu_memory_utilization": rollout.memory_share, "tensor_parallel_size": rollout.tensor_parallel}
+        engine |= {"gpu_memory_utilization": rollout.gpu_memory, "tensor_parallel_size": rollout.tensor_parallel}
     replicas = {"min_replicas": told.min_replicas, "max_replicas": max(told.min_replicas, told.max_replicas)}
     return {
         "model_loading_config": {"model_id": job.name, "model_source": str(folder)},

@@ -18,7 +18,7 @@ class PretrainConfig(Stage):
 
     rows = "texts"
     measures = ("perplexity", "accuracy")
-    large_loss = 10.0  # about the logarithm of a vocabulary's size, which a model has that knows nothing
+    large_loss = 20.0  # a model that knows nothing has the logarithm of its vocabulary's size, 10 to 13
 
     type: Literal["pretrain"] = "pretrain"
     """`pretrain`: every token of plain texts is learnt."""
@@ -29,7 +29,7 @@ class SftConfig(Stage):
 
     rows = "conversations"
     measures = ("perplexity", "accuracy")
-    large_loss = 10.0  # about the logarithm of a vocabulary's size, which a model has that knows nothing
+    large_loss = 20.0  # a model that knows nothing has the logarithm of its vocabulary's size, 10 to 13
 
     type: Literal["sft"] = "sft"
     """`sft`: the answers of conversations are learnt."""

@@ -16,7 +16,7 @@ def check_stage(job: JobConfig) -> None:
     Raises:
         RequestError: parts of the job that do not go together with its stage.
     """
-    rules = (_prompts, _reference, _router_loss, _mask, _head_rate, _best_metric)
+    rules = (_prompts, _reference, _router_loss, _mask, _head_rate, _evaluation)
     faults = [text for rule in rules if (text := rule(job))]
     if faults:
         raise RequestError(*faults)
@@ -72,8 +72,8 @@ def _router_loss(job: JobConfig) -> str | None:
     return None
 
 
-def _best_metric(job: JobConfig) -> str | None:
-    """What the evaluations of the stage do not say cannot be the best of them."""
+def _evaluation(job: JobConfig) -> str | None:
+    """Without data there is none, and what it does not say cannot be the best."""
     metric = job.train.best_metric
     if not (job.data.eval or job.data.held_out):
         key = "best_metric" if metric else "eval_steps" if job.train.eval_steps else None

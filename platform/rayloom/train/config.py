@@ -43,11 +43,11 @@ class TrainConfig(ConfigPart):
     on_bad_step: Literal["stop", "skip"] = "stop"
     """What happens at a loss or a gradient that is no number, or a loss above `max_loss`: `stop` ends the job and names
     the rows; `skip` makes no step with it, says which it was, and goes on (`result.json` says how often), for
-    `deepspeed: none`. In fp16 it is the loss's scale that answers to gradients that are no numbers: it goes down, and
-    no step is made."""
+    `deepspeed: none` and optimizers that do not step within the backward pass. In fp16 it is the loss's scale that
+    answers to gradients that are no numbers: it goes down, and no step is made; 40 on end are bad, too."""
     max_loss: Number | None = Field(default=None, gt=0)
     """The largest mean loss of a step, above 0. Left out: ten times that of the training's first step, and no less than
-    10 (in stages `pretrain` and `sft`) or 100; in stage `ppo` any, as it has the scale of the rewards."""
+    20 (in stages `pretrain` and `sft`) or 100; in stage `ppo` any, as it has the scale of the rewards."""
     collective_timeout: Number = Field(default=600.0, gt=0)
     """Seconds that a worker waits for the others, above 0. Then it gives up, and the job goes on from its last
     checkpoint (`max_failures`)."""

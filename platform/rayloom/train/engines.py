@@ -51,7 +51,7 @@ def engines_of(job: JobConfig, device: str, precision: Precision, first: pa.Tabl
         device="gpu" if device == "gpu" else "cpu",
         tensor_parallel=job.rollout.tensor_parallel,
         kv_cache_gib=job.rollout.kv_cache_gib,
-        gpu_memory=job.rollout.memory_share,
+        gpu_memory=job.rollout.gpu_memory,
         sleeps=device == "gpu" and job.rollout.share_gpus,
         trust_remote_code=job.model.trust_remote_code,
         revision=job.model.revision,

@@ -55,6 +55,9 @@ class ExampleTrainer(StreamTrainer):
     def _scores(self, model: Any, inputs: Batch) -> Scores:
         """Losses and measures of a batch."""
 
+    def _measured(self) -> list[torch.Tensor]:
+        return [self._sums]
+
     def _items(self, step: StepCount) -> int:
         return step.examples
 
@@ -106,13 +109,13 @@ class ExampleTrainer(StreamTrainer):
 
     # --- what is measured --------------------------------------------------------------------------------------------
 
-    def _stage_metrics(self) -> dict[str, float]:
+    def _stage_metrics(self) -> dict[str, float | None]:
         sums = self._sums.to(self.args.device)
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
         means = dict(zip(self.measured, _means(sums).tolist(), strict=True))
         self._sums.zero_()  # on CPU these are `sums`
-        return {name: mean for name, mean in means.items() if not math.isnan(mean)}
+        return {name: None if math.isnan(mean) else mean for name, mean in means.items()}
 
     def _eval_metrics(self, tables: list[pa.Table]) -> dict[str, float]:
         """`eval_loss` and, behind `eval_`, what is measured: means over the examples, and of each set where there are

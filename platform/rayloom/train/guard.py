@@ -69,6 +69,7 @@ class StepGuard:
         self._own: str | None = None  # what is wrong with the loss of this rank
         self._large: str | None = None  # what is wrong with the mean loss, which all ranks know
         self._left_out = -1
+        self._begins = True  # whether the next batch is a step's first
 
     @property
     def left_out_last(self) -> bool:
@@ -86,6 +87,9 @@ class StepGuard:
         Raises:
             JobError: the loss is bad, and such a step ends the job.
         """
+        if self._begins:
+            self._own = self._large = None
+        self._begins = is_last
         if not torch.isfinite(loss.detach()):
             self._own = f"the loss is {float(loss)} on rank {self._rank}"
             if self._stops:  # the other ranks may not know, and are not asked
@@ -126,6 +130,11 @@ class StepGuard:
             self._say(text)
 
     @property
+    def is_large(self) -> bool:
+        """Whether the mean loss of the step that is computed is too large. The same on every rank."""
+        return self._large is not None
+
+    @property
     def _has_limit(self) -> bool:
         return self._max_loss is not None or self._large_loss is not None
 
@@ -143,26 +152,27 @@ class StepGuard:
 
 
 class MadeSteps(transformers.TrainerCallback):
-    """Takes the losses of steps that were left out back from the sum of which transformers logs the mean.
+    """Takes what was measured of steps that were left out back from the sums of which means are logged.
 
     Args:
         left_out_last: whether the last step was left out.
-        total: transformers' sum since the last row of metrics.
+        totals: sums since the last row of metrics, transformers' own of the losses among them.
     """
 
-    def __init__(self, left_out_last: Callable[[], bool], total: Callable[[], torch.Tensor]) -> None:
-        self._left_out_last, self._total = left_out_last, total
-        self._before = torch.zeros(())
+    def __init__(self, left_out_last: Callable[[], bool], totals: Callable[[], list[torch.Tensor]]) -> None:
+        self._left_out_last, self._totals = left_out_last, totals
+        self._before: list[torch.Tensor] = []
         self._steps = self._left_out = 0  # since the last row
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._before = self._total().clone()
+        self._before = [total.clone() for total in self._totals()]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._steps += 1
         if self._left_out_last():
             self._left_out += 1
-            self._total().copy_(self._before)
+            for total, before in zip(self._totals(), self._before, strict=True):
+                total.copy_(before)
 
     def mean(self, over_all: float) -> float | None:
         """From the mean over all steps since the last row that over those that were made; None: none was."""
@@ -178,17 +188,19 @@ class GradientGuard(transformers.TrainerCallback):
 
     Args:
         on_bad: called where some are no numbers; unless it raises, no step is made with them.
+        is_known: whether no step is to be made, whatever they are: nothing of a loss that is no number comes to the
+            weights where no token of the last batch is trained.
     """
 
-    def __init__(self, on_bad: Callable[[], None]) -> None:
-        self._on_bad = on_bad
+    def __init__(self, on_bad: Callable[[], None], is_known: Callable[[], bool]) -> None:
+        self._on_bad, self._is_known = on_bad, is_known
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = kwargs["optimizer"]
         gradients = [
             weight.grad for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None
         ]
-        if not gradients or all_finite(gradients):
+        if not gradients or (all_finite(gradients) and not self._is_known()):
             return
         self._on_bad()
         optimizer.zero_grad(set_to_none=True)  # without a gradient a weight is left as it is, its decay too
@@ -231,10 +243,10 @@ class ScaledSteps(transformers.TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._on_end = self._on_end + 1 if self._was_dropped() else 0
-        if self._on_end:
-            self._on_known()
         if self._on_end >= _MOST_DROPPED:
             self._on_bad()
+        elif self._on_end:
+            self._on_known()
 
 
 def gradient_guards(
@@ -257,7 +269,7 @@ def gradient_guards(
                 guard.take_bad_gradients,
             )
         ]
-    return [GradientGuard(guard.take_bad_gradients)]
+    return [GradientGuard(guard.take_bad_gradients, lambda: guard.is_large)]
 
 
 def all_finite(tensors: list[torch.Tensor]) -> bool:
@@ -266,19 +278,23 @@ def all_finite(tensors: list[torch.Tensor]) -> bool:
     return bool(torch.stack([norm.float() for norm in norms]).isfinite().all())
 
 
-def bad_step(step: int, what: str, rows: Sequence[str], whose: str, norm_before: tuple[int, float | None]) -> str:
+def bad_step(
+    step: int, what: str, rows: Sequence[str], whose: str, norm_before: tuple[int, float | None], *, in_backward: bool
+) -> str:
     """Why the job ends before such a step has spoilt the weights, and where to look.
 
     Args:
         rows: by name.
         whose: they are.
         norm_before: the step that was logged last, and its gradient's norm.
+        in_backward: whether the optimizer steps within the backward pass, so that a part of the step has been made.
     """
     logged, norm = norm_before
     before = f"the gradient's norm was {norm:.3g} at step {logged}" if norm is not None else "no step was logged yet"
+    made = "the step was broken off" if in_backward else "no step was made with it"
     more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
     return (
-        f"step {step}: {what}, and no step was made with it; {before}. "
+        f"step {step}: {what}, and {made}; {before}. "
         f"The rows of {whose} (chunk:row): {', '.join(rows[:_NAMED])}{more}. "
         "Lower train.learning_rate, compute in bf16 or fp32, or look at these rows"
     )

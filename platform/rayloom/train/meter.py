@@ -137,7 +137,7 @@ class StepCount:
         return self.numbers[2] > 0
 
     def add_to(self, meter: StreamMeter, *, tokens: bool = True) -> None:
-        """Count the step as trained on; without `tokens`, its examples only."""
+        """Count the step as trained on; without `tokens`, all but these."""
         meter.position = self.position
         meter.epochs_done = self.epochs_done
         if tokens:

@@ -125,6 +125,9 @@ class PpoTrainer(HeadTrainer):
         self._steps = deque(self._deal_steps(self._experience.answers))
         return True
 
+    def _describe_bad_step(self, what: str, rows: Sequence[str], whose: str) -> str:
+        return super()._describe_bad_step(what, rows, f"the round of {whose}")
+
     def end_step(self) -> bool:
         """After an optimizer step: whether it was the round's last. Then the weights are a new version."""
         if self._steps:
@@ -308,7 +311,7 @@ class PpoTrainer(HeadTrainer):
 
     # --- what is measured, evaluated, kept ----------------------------------------------------------------------------
 
-    def _stage_metrics(self) -> dict[str, float]:
+    def _stage_metrics(self) -> dict[str, float | None]:
         """Means over the answers or tokens since the last row; of rounds those of the last one, where none is new."""
         return {
             **self._of_rounds.read(self.args.device),

@@ -35,7 +35,8 @@ def parse_metrics_line(line: str) -> tuple[int, int, float] | None:
 
 
 def mean_loss(rows: Sequence[MetricsRow]) -> float:
-    """Mean loss over all steps. A row holds the mean of the steps since the row before, so it counts that often."""
+    """Mean loss over all steps. A row holds the mean of the steps since the row before, so it counts that often;
+    steps that were left out are as the others of their row."""
     steps = [0, *(row["step"] for row in rows)]
     return (
         sum(row["loss"] * (step - before) for row, before, step in zip(rows, steps, steps[1:], strict=False))

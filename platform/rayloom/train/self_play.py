@@ -54,6 +54,8 @@ def run_self_play(job: JobConfig, *, started: float, verbose: bool = False) -> d
     """
     stage = job.stage
     assert isinstance(stage, SpinConfig)
+    if job.resume and job.overwrite:
+        raise RequestError("resume and overwrite exclude each other: one keeps what is there, the other deletes it")
     check_self_play(job)
     if not job.resume:
         check_run_dir(job)

@@ -6,6 +6,7 @@ is dropped with a word, and the job goes on.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import secrets
@@ -139,7 +140,7 @@ class WeightsAndBiases:
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "rayloom"),
             name=job.name,
-            id=_kept(folder / "wandb_run", lambda: secrets.token_hex(8)),
+            id=_kept(folder / "wandb_run", lambda: _new_id(job, folder)),
             resume="allow",
             dir=str(folder),
             config=job.model_dump(mode="json"),
@@ -179,6 +180,14 @@ class MLflow:
 
     def close(self) -> None:
         self._client.set_terminated(self._run)
+
+
+def _new_id(job: JobConfig, folder: Path) -> str:
+    """Of a run that has rows already, but no such file, the one that earlier versions gave it."""
+    rows = folder / "metrics.jsonl"
+    if rows.exists() and rows.stat().st_size:
+        return hashlib.sha256(job.run_place.encode()).hexdigest()[:16]
+    return secrets.token_hex(8)
 
 
 def _kept(file: Path, make: Callable[[], str]) -> str:

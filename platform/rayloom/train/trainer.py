@@ -11,7 +11,7 @@ What is overridden, and why:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from rayloom.data.rows import row_name
 from rayloom.errors import JobError
 from rayloom.methods.optimizers.layerwise import LayerWise
+from rayloom.methods.optimizers.support import SUPPORT
 from rayloom.methods.prompts import stands_before_rows, virtual_tokens
 from rayloom.methods.save import load_trained, save_trained
 from rayloom.models.packed_attention import packs_cheaply
@@ -102,10 +103,10 @@ class StreamTrainer(OptimizerTrainer):
             device=self.args.device,
             step=lambda: self.state.global_step,
             rows=self._row_names,
-            describe=lambda what, rows, whose: bad_step(self.state.global_step + 1, what, rows, whose, self._grad_norm),
+            describe=self._describe_bad_step,
             say=lambda text: self._post("say", lines=[text]),
         )
-        self._made_steps = MadeSteps(lambda: self._guard.left_out_last, lambda: self._tr_loss)
+        self._made_steps = MadeSteps(lambda: self._guard.left_out_last, lambda: [self._tr_loss, *self._measured()])
         for callback in (self._made_steps, *gradient_guards(self.args, self, self._guard), WhenWrapped(self._begin)):
             self.add_callback(callback)
         self.stopped = False  # because it was told to
@@ -213,6 +214,14 @@ class StreamTrainer(OptimizerTrainer):
             del inputs["shift_labels"]  # without labels the model computes no loss of its own
         return super().compute_loss(model, inputs, *args, **kwargs)
 
+    def _measured(self) -> list[torch.Tensor]:
+        """Sums, since the last row of metrics, of what each batch adds to."""
+        return []
+
+    def _describe_bad_step(self, what: str, rows: Sequence[str], whose: str) -> str:
+        in_backward = SUPPORT[self._optimizer_config.type].in_backward
+        return bad_step(self.state.global_step + 1, what, rows, whose, self._grad_norm, in_backward=in_backward)
+
     def _row_names(self) -> list[str]:
         """Of this rank's examples in the step."""
         return [f"{self._set_names[number]} {row_name(row)}" for number, row in self._taken]
@@ -305,8 +314,7 @@ class StreamTrainer(OptimizerTrainer):
             "progress": self._progress(),
             "loss": loss,
             "learning_rate": logs["learning_rate"],
-            # A layer-wise optimizer takes each gradient as it comes and leaves none to measure.
-            "grad_norm": None if self._optimizer_config.type.endswith("layerwise") else logs.get("grad_norm"),
+            "grad_norm": logs.get("grad_norm") if self._has_norm else None,
             **self._row_clock.read(self.meter.tokens, self.state.global_step),
             "tokens": self.meter.tokens,
             "examples_seen": sum(self.meter.examples),
@@ -318,8 +326,14 @@ class StreamTrainer(OptimizerTrainer):
         if self.is_world_process_zero():
             self._post("metrics", row=row)
 
-    def _stage_metrics(self) -> dict[str, float]:
-        """What a stage measures besides the loss, since the last row. Every rank calls it."""
+    @property
+    def _has_norm(self) -> bool:
+        """Of the last step's gradient. A layer-wise optimizer takes each as it comes and leaves none to measure."""
+        return not self._guard.left_out_last and not self._optimizer_config.type.endswith("layerwise")
+
+    def _stage_metrics(self) -> Mapping[str, float | None]:
+        """What a stage measures besides the loss, since the last row; None: there was nothing to measure. Every rank
+        calls it."""
         return {}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

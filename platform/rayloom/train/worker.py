@@ -28,7 +28,7 @@ from rayloom.methods.attach import attach_method
 from rayloom.methods.config import LoraConfig, MethodConfig
 from rayloom.methods.optimizers.build import optim_name
 from rayloom.methods.optimizers.support import check_precision
-from rayloom.methods.parameters import count_parameters, size_of
+from rayloom.methods.parameters import count_parameters, has_idle_parts, size_of
 from rayloom.methods.save import finish_saved, keep_start
 from rayloom.models.load import load_causal_lm
 from rayloom.models.precision import Precision, cast_trained, choose_precision, computes_bf16, computing_dtype
@@ -196,6 +196,9 @@ def _train(config: dict[str, Any]) -> dict[str, Any] | None:
             keep_start(model, job.method, start)
         if job.train.activation_checkpointing:
             model.enable_input_require_grads()
+        # BAdam's layers take turns, and an adapter may stand where no batch comes by. Looking copies the logits.
+        may_idle = job.method.type != "full" or getattr(job.optimizer, "mode", None) == "layer" or has_idle_parts(model)
+        arguments.ddp_find_unused_parameters = may_idle
         phase("model")
 
         checkpoint, meter = ray.train.get_checkpoint(), StreamMeter.start(sets)
@@ -290,9 +293,6 @@ def _arguments(
         seed=train.seed,
         report_to=[],
         disable_tqdm=True,
-        # BAdam's layers take turns, and a weight may stand where no batch comes by: in an expert's layer, or in the
-        # cross-attention of a decoder that stands alone (Bart's).
-        ddp_find_unused_parameters=True,
     )
 
 
