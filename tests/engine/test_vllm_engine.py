@@ -224,7 +224,7 @@ def test_each_version_that_is_sent_is_the_one_served(tiny_model: Path, engine: V
 def test_when_an_engine_that_shares_its_gpu_sleeps(
     tiny_model: Path, engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM sleeps on GPUs only, so here it is only told to: awake from new weights to the end of the next answers."""
+    """vLLM sleeps on GPUs only, so here it is only told to: awake from new weights or prompts until it shall rest."""
     model = adapted(tiny_model, 1)
     _send(engine, model, 1)
     expected = _answers(engine, prompts(3), GREEDY)
@@ -238,7 +238,10 @@ def test_when_an_engine_that_shares_its_gpu_sleeps(
     assert done == ["wake"]
     assert engine.serves().version == 1
     assert [one.token_ids for one in _answers(engine, prompts(3), GREEDY)] == [one.token_ids for one in expected]
+    engine.rest()
     assert done == ["wake", "wake", "answer", "sleep 1"]  # one that is awake takes no notice
+    _answers(engine, prompts(3), GREEDY)
+    assert done[-2:] == ["wake", "answer"]
 
 
 # --- sabotage: each is caught by what the sync itself says ------------------------------------------------------------
