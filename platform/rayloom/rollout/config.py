@@ -46,8 +46,8 @@ class RolloutConfig(ConfigPart):
     share_gpus: bool = False
     """On GPUs, in stage ppo: each engine shares the GPU of a train worker. While the policy trains it sleeps, its
     weights in the memory of the host; what the worker keeps between its steps stays, and must fit beside `gpu_memory`,
-    which is then at most 0.8, usually 0.5.
-    For as many engines as workers, `tensor_parallel: 1` and `max_staleness: 0`. On CPU they share the cores anyway."""
+    which is then at most 0.8, usually 0.5. For as many engines as workers, `tensor_parallel: 1` and `max_staleness: 0`.
+    On CPU they share the cores anyway."""
     start_timeout: Number = Field(default=300.0, gt=0)
     """Seconds in which an engine must be there; above 0."""
     generate_timeout: Number = Field(default=600.0, gt=0)
