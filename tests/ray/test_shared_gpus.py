@@ -66,7 +66,14 @@ def test_a_worker_beside_the_engine_of_another_job_is_told() -> None:
             check_shared_gpu(place, engines)
 
 
-@pytest.mark.parametrize(("count", "how"), [(1, "shared"), (4, "shared"), (2, "apart")])
+@pytest.mark.parametrize(
+    ("count", "how"),
+    [
+        (2, "shared"),
+        pytest.param(4, "shared", marks=pytest.mark.slow),
+        pytest.param(2, "apart", marks=pytest.mark.slow),
+    ],
+)
 def test_who_is_on_which_gpu(count: int, how: str) -> None:
     with tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp") as short:  # Ray's sockets have room for short paths only
         done = subprocess.run(
