@@ -37,3 +37,21 @@ def test_a_changed_setting_counts_from_the_checkpoint_on(engine: str, tiny_model
     for changed in (decayed, clipped):
         assert changed[:4] == pytest.approx(same[:4], abs=1e-6)  # the fourth is of the weights of the checkpoint
         assert all(abs(after - before) > 1e-4 for after, before in zip(changed[4:], same[4:], strict=True))
+
+
+def test_a_checkpoint_is_not_written_again(tiny_model: Path, tmp_path: Path) -> None:
+    """A run that was killed between its last checkpoint and its result has no step left to make. Were the checkpoint
+    written again over itself, one that broke off would cost it."""
+    sets = [{"path": str(write_rows(tmp_path / "rows.jsonl", 40))}]
+    config = job(tiny_model, tmp_path, sets, train={"max_steps": 4, "save_steps": 2})
+    run(config)
+    config.run_dir.joinpath("result.json").unlink()
+    shutil.rmtree(config.run_dir / "model")
+    files = sorted((config.run_dir / "checkpoints").glob("step-*/**/*"))
+    before = {file: file.stat().st_mtime_ns for file in files}
+    assert before
+    result, rows = run(config.model_copy(update={"resume": True}))
+    assert (result["status"], result["steps"], len(rows)) == ("finished", 4, 4)
+    assert (config.run_dir / "model" / "adapter_model.safetensors").exists()
+    files = sorted((config.run_dir / "checkpoints").glob("step-*/**/*"))
+    assert {file: file.stat().st_mtime_ns for file in files} == before

@@ -20,8 +20,10 @@ from rayloom.search.show import draw
 from rayloom.search.takeover import decide, forget_pins, is_ordered, pins_folder, take_over
 from rayloom.search.turns import Turns
 from rayloom.train.checkpoints import SNAPSHOT
+from rayloom.train.head_file import split_groups
 from rayloom.train.own_settings import OwnSettings
 from rayloom.train.pins import Pins, complete
+from rayloom.train.schedule import ProgressSchedule
 
 SPACE = {"train.learning_rate": "loguniform(1e-5, 1e-3)", "train.scheduler": "choice(constant, linear, cosine)"}
 TRAIN = {"max_steps": 100, "logging_steps": 5}
@@ -288,6 +290,24 @@ def test_a_resumed_job_has_its_own_weight_decay() -> None:
     assert [group["weight_decay"] for group in now.param_groups] == [0.1, 0.0], "what a checkpoint brings back"
     settings.on_train_begin(None, None, None, optimizer=now)
     assert [group["weight_decay"] for group in now.param_groups] == [0.02, 0.0]
+
+
+def test_a_resumed_job_has_its_own_rate_of_the_value_head() -> None:
+    """A group's rate is a ratio to the job's, which may be another one now."""
+    head, rest = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+
+    def optimizer(ratio: float) -> torch.optim.Optimizer:
+        made = torch.optim.AdamW([{"params": [rest, head], "weight_decay": 0.02}], lr=1e-3)
+        made.param_groups[:] = split_groups(made.param_groups, {id(head)}, ratio)
+        return made
+
+    before, now = optimizer(10.0), optimizer(100.0)
+    settings = OwnSettings(now)
+    now.load_state_dict(before.state_dict())
+    assert now.param_groups[1]["lr_ratio"] == 10.0, "what a checkpoint brings back"
+    settings.on_train_begin(None, None, None, optimizer=now)
+    ProgressSchedule(now, 1e-5).set(0.5)
+    assert [group["lr"] for group in now.param_groups] == pytest.approx([5e-6, 5e-4])
 
 
 def test_deepspeed_leaves_out_groups_without_weights() -> None:

@@ -12,7 +12,7 @@ from tensorboardX.proto.event_pb2 import Event
 from rayloom.config.job import JobConfig
 from rayloom.errors import RequestError
 from rayloom.train import track
-from rayloom.train.track import MLflow, TensorBoard, Trackers, WeightsAndBiases, check_trackers, flat
+from rayloom.train.track import MLflow, TensorBoard, Trackers, WeightsAndBiases, check_trackers, flat, kept, new_id
 
 ROWS = [
     {"step": 5, "loss": 2.5, "grad_norm": None, "examples": {"a": 3, "b": 1}, "position": {"epoch": 0}},
@@ -84,6 +84,19 @@ def test_wandb_offline(tmp_path, monkeypatch):
     while (found := wandb_history(file.read_bytes())) != LOGGED and time.monotonic() < deadline:
         time.sleep(0.1)
     assert found == LOGGED
+
+
+def test_a_run_of_wandb_is_that_of_its_directory(tmp_path):
+    """A resumed job goes on in its run; one that replaces another does not."""
+    first, other = tmp_path / "first", tmp_path / "other"
+    for folder in (first, other):
+        folder.mkdir()
+    names = [kept(folder / "wandb_run", lambda: new_id(job("wandb"), first)) for folder in (first, first, other)]
+    assert names[0] == names[1] != names[2]
+    older = tmp_path / "older"
+    older.mkdir()
+    (older / "metrics.jsonl").write_text("{}\n")  # of a version that kept no name
+    assert new_id(job("wandb"), older) == new_id(job("wandb"), older)
 
 
 def wandb_history(data: bytes) -> dict[tuple[int, str], float]:

@@ -21,7 +21,7 @@ class HeadTrainer(ExampleTrainer):
         super()._arrange(optimizer)
         if self._head is not None and self._head_rate is not None:
             ratio = self._head_rate / self.args.learning_rate
-            optimizer.param_groups[:] = _split(optimizer.param_groups, {*map(id, self._head.parameters())}, ratio)
+            optimizer.param_groups[:] = split_groups(optimizer.param_groups, {*map(id, self._head.parameters())}, ratio)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
@@ -39,7 +39,7 @@ class HeadTrainer(ExampleTrainer):
             load_value_head(self._head, folder)
 
 
-def _split(groups: list[dict[str, Any]], head: set[int], ratio: float) -> list[dict[str, Any]]:
+def split_groups(groups: list[dict[str, Any]], head: set[int], ratio: float) -> list[dict[str, Any]]:
     """The parameter groups, those of them with parts of the head divided in two. `ratio`: the head's rate, over the
     job's."""
     made = []

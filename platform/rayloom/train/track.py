@@ -140,7 +140,7 @@ class WeightsAndBiases:
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "rayloom"),
             name=job.name,
-            id=_kept(folder / "wandb_run", lambda: _new_id(job, folder)),
+            id=kept(folder / "wandb_run", lambda: new_id(job, folder)),
             resume="allow",
             dir=str(folder),
             config=job.model_dump(mode="json"),
@@ -166,7 +166,7 @@ class MLflow:
         experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", "rayloom")
         found = self._client.get_experiment_by_name(experiment)
         number = found.experiment_id if found else self._client.create_experiment(experiment)
-        self._run = _kept(folder / "mlflow_run", lambda: self._new_run(job, number))
+        self._run = kept(folder / "mlflow_run", lambda: self._new_run(job, number))
 
     def _new_run(self, job: JobConfig, experiment: str) -> str:
         run: str = self._client.create_run(experiment, run_name=job.name).info.run_id
@@ -182,7 +182,7 @@ class MLflow:
         self._client.set_terminated(self._run)
 
 
-def _new_id(job: JobConfig, folder: Path) -> str:
+def new_id(job: JobConfig, folder: Path) -> str:
     """Of a run that has rows already, but no such file, the one that earlier versions gave it."""
     rows = folder / "metrics.jsonl"
     if rows.exists() and rows.stat().st_size:
@@ -190,7 +190,7 @@ def _new_id(job: JobConfig, folder: Path) -> str:
     return secrets.token_hex(8)
 
 
-def _kept(file: Path, make: Callable[[], str]) -> str:
+def kept(file: Path, make: Callable[[], str]) -> str:
     """The name of the run that a job goes on in, or of a new one, which is written down."""
     if not file.exists():
         file.write_text(make() + "\n")
