@@ -314,6 +314,13 @@ def test_the_sum_is_weighted_and_its_parts_are_kept() -> None:
     assert found.total == pytest.approx([2.0 + 1.0, -0.5 + 2.0])
 
 
+def test_a_model_that_gives_no_number_is_told() -> None:
+    """Else its advantages would be none, and the loss would be blamed."""
+    config = RewardsConfig.model_validate({"sources": [{"type": "adapter", "path": "r", "name": "judge"}]})
+    with pytest.raises(JobError, match=r"rewards: judge gave nan for the answer 'b'"):
+        RewardSum(config).judge(answered("a", "b"), {"judge": [0.5, float("nan")]})
+
+
 def test_normalized_or_whitened_and_clipped() -> None:
     so_far, of_round = Moments.of([1.0, 3.0, 5.0]), Moments.of([2.0, 6.0])
 
